@@ -1,0 +1,1 @@
+"""Bytes by key. Nothing here knows what a model is."""

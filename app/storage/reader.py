@@ -1,0 +1,175 @@
+"""One stored object as a stream for the thread that loads it, while the event loop in another thread fetches ahead."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import threading
+from collections.abc import Buffer, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
+from typing import override
+
+from app.errors import ArtifactMissing, DigestMismatch, ObjectNotFound, PreconditionFailed, StorageUnavailable
+from app.storage.base import ObjectInfo, Storage
+
+CHUNK_BYTES = 4 * 1024 * 1024
+KEPT_CHUNKS = 2  # the one being read, and the one before: readers step back a little more often than far
+
+
+class ObjectReader(io.RawIOBase):
+    """The bytes of the object `info`, read-only and seekable; `label` names it in messages.
+
+    The object is fetched in chunks of `chunk_bytes`, up to `in_flight` at a time when it is read forward, each pinned
+    to the ETag in `info`. With `chunk_digests` (one SHA-256 per chunk) no byte is handed out before its whole chunk is
+    checked; with `sha256`, `finish` checks the whole. At most `in_flight + 2` chunks are in memory.
+
+    Belongs to one thread, never that of `loop`; only `close` may be called from another. Reading raises what the
+    storage raises, `ArtifactMissing` when the object is replaced or removed meanwhile, and `DigestMismatch`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        info: ObjectInfo,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        chunk_bytes: int = CHUNK_BYTES,
+        chunk_digests: Sequence[str] = (),
+        sha256: str | None = None,
+        label: str,
+        in_flight: int = 3,
+    ) -> None:
+        self._storage = storage
+        self._info = info
+        self._loop = loop
+        self._chunk_bytes = chunk_bytes
+        self._chunk_digests = chunk_digests
+        self._sha256 = sha256
+        self._label = label
+        self._in_flight = in_flight
+        self._chunk_count = -(-info.size // chunk_bytes)
+        self._position = 0
+        self._latest = -1  # the chunk that was read last
+        self._kept: dict[int, bytes] = {}
+        self._fetching: dict[int, Future[bytes]] = {}
+        self._guard = threading.Lock()  # `close` in another thread against a fetch that is just being started
+        self._stopped = False
+        self._digest = hashlib.sha256()
+        self._digested_chunks = 0
+        if chunk_digests and len(chunk_digests) != self._chunk_count:
+            raise DigestMismatch(
+                f"{label}: {info.size} bytes are {self._chunk_count} chunks, but {len(chunk_digests)} are recorded"
+            )
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def seekable(self) -> bool:
+        return True
+
+    @override
+    def tell(self) -> int:
+        return self._position
+
+    @override
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Move to `offset` bytes from the start, the position or the end; beyond the end there is nothing to read."""
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._info.size}[whence]
+        if origin + offset < 0:
+            raise ValueError(f"{self._label}: cannot seek to {origin + offset}")
+        self._position = origin + offset
+        return self._position
+
+    @override
+    def readinto(self, buffer: Buffer, /) -> int:
+        """Fill `buffer` up to the end of the present chunk; return how many bytes that were, 0 at the end."""
+        if self._position >= self._info.size:
+            return 0
+        index, start = divmod(self._position, self._chunk_bytes)
+        target = memoryview(buffer).cast("B")
+        source = memoryview(self._chunk(index))[start : start + len(target)]
+        target[: len(source)] = source
+        self._position += len(source)
+        return len(source)
+
+    def finish(self) -> str:
+        """Read whatever was not read yet, and return the SHA-256 of the whole, in hexadecimal.
+
+        Raises `DigestMismatch` when it is not the `sha256` that was expected.
+        """
+        while self._digested_chunks < self._chunk_count:
+            self._chunk(self._digested_chunks)
+        found = self._digest.hexdigest()
+        if self._sha256 is not None and found != self._sha256:
+            raise DigestMismatch(f"{self._label}: sha256 is {found}, expected {self._sha256}")
+        return found
+
+    @override
+    def close(self) -> None:
+        """Cancel what is being fetched. A thread that waits for it gets `StorageUnavailable`."""
+        with self._guard:
+            self._stopped = True
+            fetching = list(self._fetching.values())
+        for future in fetching:
+            future.cancel()
+        super().close()
+
+    def _chunk(self, index: int) -> bytes:
+        """Return one chunk, checked; start fetching those that follow it when they are likely to be read."""
+        body = self._kept.get(index)
+        if body is None:
+            forward = index == self._latest + 1
+            self._fetch(range(index, index + (self._in_flight if forward else 1)))
+            body = self._wait(index)
+            if len(self._kept) == KEPT_CHUNKS:
+                del self._kept[next(iter(self._kept))]
+            self._kept[index] = body
+            if forward:
+                self._fetch(range(index + 1, index + 1 + self._in_flight))
+        self._latest = index
+        if index == self._digested_chunks:
+            self._digest.update(body)
+            self._digested_chunks += 1
+        return body
+
+    def _fetch(self, wanted: Iterable[int]) -> None:
+        """Have exactly the `wanted` chunks on their way, apart from those that are here."""
+        wanted = [index for index in wanted if index < self._chunk_count and index not in self._kept]
+        with self._guard:
+            if self._stopped:
+                raise StorageUnavailable(f"{self._label}: closed while it was read")
+            for index in [index for index in self._fetching if index not in wanted]:
+                self._fetching.pop(index).cancel()
+            for index in wanted:
+                if index not in self._fetching:
+                    self._fetching[index] = asyncio.run_coroutine_threadsafe(self._fetch_chunk(index), self._loop)
+
+    def _wait(self, index: int) -> bytes:
+        try:
+            return self._fetching[index].result()
+        except CancelledError as error:
+            raise StorageUnavailable(f"{self._label}: closed while it was read") from error
+        except (PreconditionFailed, ObjectNotFound) as error:
+            raise ArtifactMissing(f"{self._label}: the object changed while it was read") from error
+        finally:
+            del self._fetching[index]
+
+    async def _fetch_chunk(self, index: int) -> bytes:
+        start = index * self._chunk_bytes
+        span = range(start, min(start + self._chunk_bytes, self._info.size))
+        body = (await self._storage.get(self._info.key, span=span, if_match=self._info.etag)).body
+        where = f"{self._label}: bytes {span.start} to {span.stop - 1}"
+        if len(body) != len(span):
+            raise DigestMismatch(f"{where}: expected {len(span)} bytes, got {len(body)}")
+        if self._chunk_digests:
+            found = await asyncio.to_thread(_sha256, body)  # neither the loop nor the reading thread waits for it
+            if found != self._chunk_digests[index]:
+                raise DigestMismatch(f"{where}: sha256 is {found}, expected {self._chunk_digests[index]}")
+        return body
+
+
+def _sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()

@@ -1,0 +1,58 @@
+"""What every test may ask for. The S3 server is a real one, started once for the whole run."""
+
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from demo.s3 import S3Server, start
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The S3 server; `s3.writer` and `s3.reader` are its two credentials."""
+    with start(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _bucket_client(s3):
+    return boto3.client(
+        "s3",
+        endpoint_url=s3.endpoint_url,
+        aws_access_key_id=s3.writer.access_key_id,
+        aws_secret_access_key=s3.writer.secret_access_key,
+        region_name="us-east-1",
+        config=Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required"),
+    )
+
+
+@pytest.fixture
+def bucket(s3, _bucket_client) -> str:
+    """The name of an empty bucket.
+
+    It is the same bucket for every test, emptied before each: the first object in a new bucket takes SeaweedFS 0.2 s,
+    emptying this one a few milliseconds, and tests may use fixed keys. SeaweedFS keeps the folders, though: no test may
+    write `a` if absent where another had `a/b`.
+    """
+    for page in _bucket_client.get_paginator("list_objects_v2").paginate(Bucket=s3.bucket):
+        if keys := [{"Key": item["Key"]} for item in page.get("Contents", ())]:
+            _bucket_client.delete_objects(Bucket=s3.bucket, Delete={"Objects": keys})
+    return s3.bucket
+
+
+@pytest.fixture(scope="session")
+def r2_arguments(s3) -> dict[str, str]:
+    """What `R2Storage` needs to write to that bucket."""
+    return {
+        "endpoint_url": s3.endpoint_url,
+        "bucket": s3.bucket,
+        "access_key_id": s3.writer.access_key_id,
+        "secret_access_key": s3.writer.secret_access_key,
+    }
