@@ -1,0 +1,1 @@
+"""The wire: requests in, answers out. What they mean is decided below."""

@@ -1,0 +1,279 @@
+"""A prediction: bytes in, bytes out. Decode, get, validate, run, encode; and the ASGI callable around it.
+
+The callable stands in front of FastAPI, whose routing costs more than a prediction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import logging
+import re
+import uuid
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from app import log
+from app.api import errors
+from app.errors import InvalidInput, InvalidJson, InvalidRequest, ModelNotFound, RequestError, RequestTooLarge
+from app.model import Prediction, wire
+from app.registry import Registry
+from app.runner import Runner
+from app.signature import Rows
+
+logger = logging.getLogger("diskless.api")
+FIELDS = ("model", "instances", "method", "version", "alias")
+WITH_CLASSES = ("predict_proba", "predict_log_proba", "decision_function")
+PATH = re.compile(r"/models/([^/]+)/predict\Z")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,200}\Z")
+DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that its sender gets to see the refusal
+MAX_LABEL = 100  # characters of a model name, a version, an alias; no method's name is longer
+
+Scope = MutableMapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that may be run: on which runner, which method, for which rows."""
+
+    runner: Runner
+    method: str
+    rows: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What goes back: status, body, headers beside the usual ones; `unread` when a part of the request was not read."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+    unread: bool = False
+
+
+class Predictor:
+    """Answers prediction requests from a registry, within limits on bytes and rows."""
+
+    def __init__(self, registry: Registry, *, max_body_bytes: int, max_rows: int) -> None:
+        self.max_body_bytes = max_body_bytes
+        self._registry = registry
+        self._max_rows = max_rows
+
+    async def answer(self, body: bytes, name: str | None = None) -> Answer:
+        """Return the answer to a request's body; `name` is the model that the path named, if it did."""
+        try:
+            call = self.decode(body, name)
+            prediction = await call.runner.predict(call.rows, call.method)
+            return Answer(200, encode(call, prediction))
+        except RequestError as error:
+            return Answer(*errors.encode(error))
+        except Exception:
+            logger.exception("a prediction request failed")
+            return Answer(*errors.internal())
+
+    def decode(self, body: bytes, name: str | None) -> Call:
+        """Parse and validate a request. Raises the `RequestError` that says what is wrong with it."""
+        try:
+            request = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            detail = f"the body is not JSON: {error}" if body.strip() else "the body is empty: expected a JSON object"
+            raise InvalidJson(detail) from error
+        if type(request) is not dict:
+            raise InvalidRequest(f"expected a JSON object with instances, got {_kind(request)}")
+        for key in request:
+            if key not in FIELDS:
+                known = f"a request has {', '.join(FIELDS)}"
+                close = difflib.get_close_matches(errors.shown(key), FIELDS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else known
+                raise InvalidRequest(f"unknown field {errors.shown(key)!r}; {hint}")
+        if "instances" not in request:
+            raise InvalidRequest("instances is missing: expected a list of rows")
+        model = _text(request, "model")
+        if name is not None and model is not None and model != name:
+            raise InvalidRequest(f"the path names model {name!r}, the body names {model!r}")
+        if name is not None and len(name) > MAX_LABEL:
+            raise ModelNotFound(f"model {errors.shown(name)!r} is not served: no name is that long")
+        version, alias = _text(request, "version"), _text(request, "alias")
+        if version is not None and alias is not None:
+            raise InvalidRequest("give version or alias, not both")
+        runner = self._registry.get(model if name is None else name, version=version, alias=alias)
+        signature = runner.model.signature
+        method = _text(request, "method") or signature.default_method
+        if method not in signature.methods:
+            raise InvalidRequest(
+                f"{runner.model.ref.name} has no method {method!r}; it has {', '.join(signature.methods)}"
+            )
+        try:
+            return Call(runner, method, signature.validate(request["instances"], max_rows=self._max_rows))
+        except InvalidInput:
+            runner.counters.failed()
+            raise
+
+    async def handle(self, scope: Scope, receive: Any, name: str | None) -> Answer | None:
+        """Read an ASGI request's body and answer it; None when the caller has gone."""
+        try:
+            body = await self._body(scope, receive)
+        except _Gone:
+            return None
+        except RequestTooLarge as error:
+            status, encoded, headers = errors.encode(error)
+            if scope["http_version"].startswith("1"):
+                headers["connection"] = "close"
+            return Answer(status, encoded, headers, unread=True)
+        return await self.answer(body, name)
+
+    async def _body(self, scope: Scope, receive: Any) -> bytes:
+        """Read the body, and no more of it than the limit: what announces itself as larger is not read at all."""
+        for key, value in scope["headers"]:
+            if key == b"content-length" and value.isdigit() and int(value[:19]) > self.max_body_bytes:
+                raise self._too_large(f"{value[:19].decode()} bytes")
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _Gone
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size > self.max_body_bytes:
+                raise self._too_large("more")
+            pieces.append(piece)
+            if not message.get("more_body", False):
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _too_large(self, got: str) -> RequestTooLarge:
+        return RequestTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
+
+
+class _Gone(Exception):
+    """The caller has closed the connection."""
+
+
+def encode(call: Call, prediction: Prediction) -> bytes:
+    """Return the bytes of a successful answer."""
+    model = call.runner.model
+    body: dict[str, Any] = {"model": model.ref.name, "version": model.ref.version, "predictions": wire(prediction)}
+    if call.method in WITH_CLASSES and model.signature.classes is not None and _is_by_class(prediction, call.method):
+        body["classes"] = model.signature.classes
+    return orjson.dumps(body)
+
+
+def _is_by_class(prediction: Prediction, method: str) -> bool:
+    """Whether there is a number for each class. A binary decision function has one for both, one-vs-one has one a pair."""
+    return method != "decision_function" or isinstance(prediction, tuple) or prediction.ndim == 2
+
+
+def predicted_model(scope: Scope) -> tuple[bool, str | None]:
+    """Return whether a request is for a prediction, and the model its path names. The path is decoded already."""
+    if scope["method"] != "POST":
+        return False, None
+    path: str = scope["path"]
+    if root := scope.get("root_path"):  # where this application is mounted, or what a proxy in front has taken off
+        path = path.removeprefix(root) if path.startswith(f"{root}/") else path
+    if path == "/predict":
+        return True, None
+    match = PATH.match(path)
+    return (True, match[1]) if match else (False, None)
+
+
+class Front:
+    """The ASGI application: predictions answered here, everything else by `rest`; a request id for all of it."""
+
+    def __init__(self, predictor: Predictor, rest: Any, registry: Registry) -> None:
+        self.predictor = predictor
+        self.rest = rest
+        self.registry = registry
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Serve one ASGI scope."""
+        if scope["type"] != "http":
+            await self.rest(scope, receive, send)
+            return
+        identity = request_id(scope)
+        token = log.request_id.set(identity)
+        try:
+            ours, name = predicted_model(scope)
+            if not ours:
+                await self._pass_on(scope, receive, send, identity)
+            elif (answer := await self.predictor.handle(scope, receive, name)) is not None:
+                await _send(answer, identity, receive, send)
+        finally:
+            log.request_id.reset(token)
+
+    async def _pass_on(self, scope: Scope, receive: Any, send: Any, identity: str) -> None:
+        """Let `rest` answer, with the request id on it; HEAD is GET without a body; whatever it raises is answered."""
+        started = complete = False
+        bare = scope["method"] == "HEAD"
+
+        async def tagged(message: MutableMapping[str, Any]) -> None:
+            nonlocal started, complete
+            if message["type"] == "http.response.start":
+                started = True
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", identity.encode())]}
+            elif message["type"] == "http.response.body":
+                complete = not message.get("more_body", False)
+                if bare:
+                    message = {**message, "body": b""}
+            await send(message)
+
+        try:
+            await self.rest({**scope, "method": "GET"} if bare else scope, receive, tagged)
+        except Exception:
+            if complete:
+                return  # Starlette answers with the handler for all errors, then raises once more
+            if started:
+                raise  # nothing can be said any more; the server closes the connection
+            logger.exception("a request failed", extra={"fields": {"path": errors.shown(scope["path"])}})
+            await _send(Answer(*errors.internal()), identity, receive, send)
+
+
+async def _send(answer: Answer, identity: str, receive: Any, send: Any) -> None:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(answer.body)),
+        (b"x-request-id", identity.encode()),
+    ]
+    headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body, "more_body": answer.unread})
+    if answer.unread:
+        await _discard(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _discard(receive: Any) -> None:
+    """Read what the caller is still sending, and keep nothing: closed before, the connection would take the answer along."""
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                pass
+    except TimeoutError:
+        return
+
+
+def request_id(scope: Scope) -> str:
+    """Return the request id that the caller sent, if it is one that may stand in a header and a log; else a new one."""
+    for key, value in scope["headers"]:
+        if key == b"x-request-id":
+            text: str = value.decode("latin-1")
+            if REQUEST_ID.match(text):
+                return text
+    return uuid.uuid4().hex
+
+
+def _text(request: dict[str, Any], key: str) -> str | None:
+    value = request.get(key)
+    if type(value) is int and key == "version":  # labels are mostly numbers, and people write them so
+        value = str(value)
+    if value is None or (type(value) is str and 0 < len(value) <= MAX_LABEL):
+        return value
+    raise InvalidRequest(f"{key} must be a string of 1 to {MAX_LABEL} characters, got {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    if type(value) is str:
+        return f"a string of {len(value)} characters"
+    return {dict: "an object", list: "a list", bool: "a boolean", type(None): "null"}.get(type(value), "a number")

@@ -1,0 +1,135 @@
+"""`GET /models/status`: what is served, from where, since when, how it does; and `POST /models/refresh`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from functools import cache
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from app.api.errors import json_response, responses
+from app.auth import require_admin
+from app.errors import BucketUnreadable
+from app.model_storage import ModelStorageManager
+from app.refresher import Refresher
+from app.registry import Entry, Registry, Slot, State
+from app.settings import Settings
+
+
+def router(settings: Settings, manager: ModelStorageManager, registry: Registry, refresher: Refresher) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(tags=["models"])
+
+    async def status() -> Response:
+        """Say what is served and how it does."""
+        reason = registry.not_ready()
+        body = {
+            "ready": reason is None,
+            "reason": reason,
+            "mode": settings.mode.value,
+            "mode_reason": settings.mode_reason,
+            "storage": {
+                "location": manager.storage.describe(),
+                "prefix": manager.prefix,
+                "last_sync": refresher.last_sync.isoformat() if refresher.last_sync else None,
+                "error": refresher.last_error,
+                "fallback": getattr(manager.storage, "fallback_reason", None),
+                "refresh_seconds": settings.refresh_seconds,
+            },
+            "models": [
+                *(
+                    _describe(slot, entry)
+                    for entry in registry.snapshot.entries.values()
+                    for slot in entry.slots.values()
+                ),
+                *(_describe(Slot(ref, State.UNLOADING), Entry()) for ref in refresher.unloading),
+            ],
+            "ignored": refresher.ignored,
+        }
+        return json_response(200, orjson.dumps(body, default=str))
+
+    async def refresh() -> Response:
+        """Look at the bucket now, and answer when what follows from it has been done."""
+        outcome = await refresher.look_now()
+        if outcome.error is not None:
+            raise BucketUnreadable(outcome.error)
+        body = {"loaded": outcome.loaded, "failed": outcome.failed, "retired": outcome.retired}
+        return json_response(200, orjson.dumps(body))
+
+    routes.add_api_route("/models/status", status, methods=["GET"], operation_id="models_status")
+    routes.add_api_route(
+        "/models/refresh",
+        refresh,
+        methods=["POST"],
+        operation_id="models_refresh",
+        responses=responses("unauthorized", "forbidden", "internal_error", "bucket_unreadable"),
+        dependencies=[Depends(require_admin)],
+    )
+    return routes
+
+
+def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "name": slot.ref.name,
+        "version": slot.ref.version,
+        "aliases": [alias for alias, label in entry.serving.items() if label == slot.ref.version],
+        "state": slot.state.value,
+        "reason": slot.reason,
+        "bare": slot.bare,
+    }
+    if slot.runner is None:
+        return body
+    model, counters = slot.runner.model, slot.runner.counters
+    report = model.report
+    return body | {
+        "sealed": report.sealed,
+        "runtime": model.runtime,
+        "parity": slot.parity,
+        "golden_rows": len(model.golden.instances) if model.golden else 0,
+        "source": [
+            {
+                "role": source.role,
+                "key": source.key,
+                "etag": source.etag,
+                "sha256": source.sha256,
+                "bytes": source.bytes,
+            }
+            for source in report.sources
+        ],
+        "seconds": slot.seconds,
+        "memory_bytes": report.resident_bytes,
+        "methods": model.signature.methods,
+        "signature": model.signature.model_dump(mode="json", exclude_none=True),
+        "trained_with": report.trained_with,
+        "version_differences": differences(report.trained_with),
+        "warnings": report.warnings,
+        "requests": counters.requests,
+        "rows": counters.rows,
+        "errors": counters.errors,
+        "batches": counters.batches,
+        "latency_milliseconds": counters.quantiles(),
+    }
+
+
+def differences(trained_with: dict[str, str]) -> dict[str, dict[str, str | None]]:
+    """Return the libraries whose version here is not the one that the model was trained with."""
+    present = {library: _present(library) for library in trained_with}
+    return {
+        library: {"trained_with": version, "present": present[library]}
+        for library, version in trained_with.items()
+        if present[library] != version
+    }
+
+
+@cache
+def _present(library: str) -> str | None:
+    if library == "python":
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None

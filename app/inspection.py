@@ -1,0 +1,537 @@
+"""Read a model's signature off its fitted estimators, and examples off whatever a person has them in.
+
+Only publishing and the loading of bare models come here. What cannot be known is assumed to be a number, and examples
+always know better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from app.errors import UnusableExamples, UnusableModel
+from app.signature import Array, Datatype, Layout, Signature, TensorSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "transform", "score_samples")
+TARGET_ENCODERS = ("LabelEncoder", "LabelBinarizer")
+
+# Where an estimator that hands its input on as it comes keeps the fitted ones that it hands it to.
+DELEGATES = {
+    "CalibratedClassifierCV": "calibrated_classifiers_",
+    "FeatureUnion": "transformer_list",
+    "FixedThresholdClassifier": "estimator_",
+    "FrozenEstimator": "estimator",
+    "GridSearchCV": "best_estimator_",
+    "HalvingGridSearchCV": "best_estimator_",
+    "HalvingRandomSearchCV": "best_estimator_",
+    "MultiOutputClassifier": "estimators_",
+    "MultiOutputRegressor": "estimators_",
+    "OneVsRestClassifier": "estimators_",
+    "RandomizedSearchCV": "best_estimator_",
+    "SelfTrainingClassifier": "estimator_",
+    "StackingClassifier": "estimators_",
+    "StackingRegressor": "estimators_",
+    "TransformedTargetRegressor": "regressor_",
+    "TunedThresholdClassifierCV": "estimator_",
+    "VotingClassifier": "estimators_",
+    "VotingRegressor": "estimators_",
+}
+
+
+def infer(
+    companions: Sequence[Any], model: Any, examples: Any = None, *, extra_columns_ignored: bool = False
+) -> Signature:
+    """Return the signature of `model` behind its `companions`, from what fitting left in them and from `examples`.
+
+    `examples` is what `prepare` returned; None where there are none. Raises `UnusableModel` when the object has no
+    method that can be served, `UnusableExamples` when they do not fit.
+    """
+    methods = tuple(method for method in METHODS if _has(model, method))
+    if not methods:
+        raise UnusableModel(
+            f"a {type(model).__name__} has none of the methods that can be served ({', '.join(METHODS)})"
+        )
+    chain = [*(stage for stage in companions if not is_target_encoder(stage)), model]
+    target = next((stage for stage in companions if is_target_encoder(stage)), None)
+    items = _item_layout(chain[0])
+    ignored: tuple[str, ...] = ()
+    layout: Layout
+    if items is not None:
+        inputs: tuple[TensorSpec, ...] = (TensorSpec(name=items, datatype="BYTES", dtype="object", nullable=False),)
+        layout = items
+    else:
+        inputs, ignored, layout = _inputs(chain, examples)
+    return Signature(
+        layout=layout,
+        inputs=inputs,
+        outputs=(),
+        methods=methods,
+        classes=_classes(model, target),
+        extra_columns="ignore" if extra_columns_ignored else "forbid",
+        ignored=ignored,
+    )
+
+
+def prepare(companions: Sequence[Any], model: Any, examples: Any) -> Any:
+    """Return examples as the first estimator of the chain takes them: a DataFrame, a dense array, or a list of items.
+
+    A list of objects becomes a DataFrame, one of lists an array. Columns that the model never saw, such as the target
+    that most tables have along, are left out. Raises `UnusableExamples`.
+    """
+    entry = next((stage for stage in companions if not is_target_encoder(stage)), model)
+    items = _item_layout(entry)
+    examples = _items(examples, items) if items else _columns_of_training(entry, _table(examples))
+    if len(examples) == 0:
+        raise UnusableExamples("the examples have no rows")
+    return examples
+
+
+def _items(examples: Any, layout: str) -> list[Any]:
+    """Return texts or records as a list: of a Series, of an array, of a DataFrame's only column of strings."""
+    if hasattr(examples, "columns"):
+        if layout == "records":
+            return [dict(row) for row in examples.to_dict("records")]
+        texts = [name for name in examples.columns if examples[name].map(lambda value: isinstance(value, str)).all()]
+        if len(texts) != 1:
+            raise UnusableExamples(
+                f"this model takes one text a row; the examples have {len(texts)} columns of strings, expected one"
+            )
+        examples = examples[texts[0]]
+    if isinstance(examples, list) and layout == "text":
+        examples = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in examples]
+    return examples.tolist() if hasattr(examples, "tolist") else list(examples)
+
+
+def _table(examples: Any) -> Any:
+    import pandas as pd
+
+    if hasattr(examples, "toarray"):  # a sparse matrix
+        return examples.toarray()
+    if isinstance(examples, list) and all(isinstance(row, dict) for row in examples):
+        frame = pd.DataFrame(examples)
+        whole = [name for name in frame.columns if frame[name].dtype == np.int64]
+        return frame.astype(dict.fromkeys(whole, np.float64))  # 41 is how most of the world writes 41.0
+    if isinstance(examples, list) and all(isinstance(row, (list, tuple)) for row in examples):
+        if len({len(row) for row in examples}) > 1:
+            raise UnusableExamples("the examples are rows of different lengths")
+        kinds = {type(value) for row in examples for value in row}
+        return np.array(examples, dtype=np.float64 if kinds <= {int, float, type(None)} else object)
+    if getattr(examples, "ndim", 0) != 2:
+        raise UnusableExamples(
+            "expected a DataFrame, an array of shape (rows, columns), or a list of rows as examples, "
+            f"got {'shape ' + str(examples.shape) if hasattr(examples, 'shape') else 'a ' + type(examples).__name__}"
+        )
+    return examples
+
+
+def _columns_of_training(entry: Any, examples: Any) -> Any:
+    names, width = _feature_names(entry), _width(entry)
+    if names is not None and hasattr(examples, "columns"):
+        missing = [name for name in names if name not in examples.columns]
+        if missing:
+            have = ", ".join(map(str, examples.columns))
+            raise UnusableExamples(f"the examples have no column {missing[0]!r}; they have {have}")
+        # A column without a value has the dtype of its file's reader, which says nothing and may be refused.
+        empty = [name for name in names if examples[name].isna().all()]
+        return examples[names].astype(dict.fromkeys(empty, object))
+    if width is not None and examples.shape[1] != width:
+        raise UnusableExamples(
+            f"the examples have {examples.shape[1]} columns, the model was trained with {width}"
+            + (f": {', '.join(names)}" if names else "")
+        )
+    return examples
+
+
+def is_target_encoder(estimator: Any) -> bool:
+    """Whether this encodes labels: such a companion is applied to what the model says, not to what it is asked."""
+    return type(estimator).__name__ in TARGET_ENCODERS
+
+
+def _has(estimator: Any, method: str) -> bool:
+    try:
+        return callable(getattr(estimator, method, None))
+    except Exception:  # a property of somebody's class may raise anything; then the method is not there
+        return False
+
+
+def _steps(estimator: Any) -> list[Any]:
+    """Return a pipeline's steps in order, without the ones that pass through, or the estimator itself."""
+    if type(estimator).__name__ != "Pipeline" or not hasattr(estimator, "steps"):
+        return [estimator]
+    return [deep for _, step in estimator.steps if step is not None and step != "passthrough" for deep in _steps(step)]
+
+
+def _delegates(estimator: Any) -> list[Any] | None:
+    """Return the fitted estimators to which this one hands its input as it comes, None for one that looks at it itself."""
+    attribute = DELEGATES.get(type(estimator).__name__)
+    if attribute is None:
+        return None
+    found = getattr(estimator, attribute, None)
+    found = found if isinstance(found, list) else [found]
+    found = (
+        [item[1] if isinstance(item, tuple) else getattr(item, "estimator", item) for item in found]
+        if (attribute in ("transformer_list", "calibrated_classifiers_"))
+        else found
+    )
+    return [item for item in found if item is not None and not isinstance(item, str)] or None
+
+
+def _entries(estimator: Any) -> list[Any]:
+    """Return the estimators that look at the input first, however deep in pipelines, searches and ensembles they are."""
+    steps = _steps(estimator)
+    if not steps:
+        return []
+    delegates = _delegates(steps[0])
+    return [steps[0]] if delegates is None else [deep for inner in delegates for deep in _entries(inner)]
+
+
+def _tags(estimator: Any) -> Any:
+    from sklearn.utils import get_tags
+
+    try:
+        return get_tags(estimator)
+    except Exception:  # not a scikit-learn estimator, or one of another age: nothing is known about it
+        return None
+
+
+def _item_layout(entry: Any) -> Literal["text", "records"] | None:
+    """Return `text` or `records` for an estimator that is handed items instead of a table, else None."""
+    for estimator in _entries(entry):
+        layout = _own_item_layout(estimator)
+        if layout is not None:
+            return layout
+    steps = _steps(entry)
+    if len(steps) > 1 and _looks_at_nothing(steps[0]) and _width(steps[0]) is None:
+        return _item_layout(steps[1])  # a function cleans the texts before they are counted
+    return None
+
+
+def _own_item_layout(estimator: Any) -> Literal["text", "records"] | None:
+    tags = _tags(estimator)
+    if tags is None or tags.input_tags.two_d_array:
+        return None
+    if tags.input_tags.string:
+        return "text"
+    return "records" if tags.input_tags.dict else None
+
+
+def _looks_at_nothing(estimator: Any) -> bool:
+    tags = _tags(estimator)
+    return tags is not None and bool(tags.no_validation)
+
+
+def _inputs(
+    chain: Sequence[Any], examples: Any
+) -> tuple[tuple[TensorSpec, ...], tuple[str, ...], Literal["frame", "matrix"]]:
+    entry = chain[0]
+    names, width, columns = _feature_names(entry), _width(entry), _frame_columns(examples)
+    layout: Literal["frame", "matrix"] = (
+        "frame" if names is not None or (columns is not None and width is None) else "matrix"
+    )
+    if names is None:
+        width = _array_width(examples) if width is None else width
+        names = columns or [f"x{position}" for position in range(width or 0)]
+    used, known = _column_kinds(entry, names)
+    refusing, _ = _refusing(chain, set(range(len(names))))
+    ignored = tuple(name for name in names if name not in used) if layout == "frame" else ()
+    specs = []
+    for position, name in enumerate(names):
+        if layout == "frame" and name not in used:
+            continue
+        column = _column(examples, name, position)
+        nullable = position not in refusing or (column is not None and _count_missing(column) > 0)
+        specs.append(_spec(name, column, known.get(name)).model_copy(update={"nullable": nullable}))
+    return tuple(specs), ignored, layout
+
+
+def _spec(name: str, column: Any, known: TensorSpec | None) -> TensorSpec:
+    """Describe a column by its examples, unless there are none, and by what fitting left where the two differ."""
+    if column is None or _count_missing(column) == len(column):
+        return known or _number(name)
+    spec = (
+        _frame_spec(name, column) if hasattr(column, "dtype") and hasattr(column, "iloc") else _array_spec(name, column)
+    )
+    if known is None:
+        return spec
+    if "BYTES" in (spec.datatype, known.datatype) and spec.datatype != known.datatype:
+        raise UnusableExamples(
+            f"column {name!r} was {_WORDS[known.datatype]} in training and is {_WORDS[spec.datatype]} in the examples: "
+            "give them with the dtypes of training (a parquet file or a DataFrame keeps them, csv does not)"
+        )
+    if spec.datatype == "FP64" and known.datatype == "INT64" and spec.dtype == "float64":
+        return known  # whole numbers that became floats on their way, as they do in JSON or beside a missing value
+    missing = "none" if "none" in (spec.missing, known.missing) else "nan"
+    return spec.model_copy(update={"missing": missing})
+
+
+_WORDS = {"BYTES": "strings", "FP64": "numbers", "INT64": "whole numbers", "BOOL": "true or false"}
+
+
+def _number(name: str) -> TensorSpec:
+    return TensorSpec(name=name, datatype="FP64", dtype="float64", assumed=True)
+
+
+def _feature_names(entry: Any) -> list[str] | None:
+    for estimator in (entry, *_entries(entry)):
+        names = _attribute(estimator, "feature_names_in_")
+        if names is not None:
+            return [str(name) for name in names]
+        if not _delegates(estimator) and _attribute(estimator, "n_features_in_") is not None:
+            return None
+    return None
+
+
+def _width(entry: Any) -> int | None:
+    for estimator in (entry, *_entries(entry)):
+        width = _attribute(estimator, "n_features_in_")
+        if width is not None:
+            return int(width)
+    return None
+
+
+def _attribute(estimator: Any, name: str) -> Any:
+    try:
+        return getattr(estimator, name, None)
+    except Exception:  # a pipeline asks its first step, which may know nothing
+        return None
+
+
+def _frame_columns(examples: Any) -> list[str] | None:
+    return [str(name) for name in examples.columns] if hasattr(examples, "columns") else None
+
+
+def _array_width(examples: Any) -> int | None:
+    shape = getattr(examples, "shape", None)
+    return int(shape[1]) if shape is not None and len(shape) == 2 else None
+
+
+def _column_kinds(entry: Any, names: list[str]) -> tuple[set[str], dict[str, TensorSpec]]:
+    """Return the names that the model reads at all, and what its fitted encoders and imputers tell of them."""
+    used: set[str] = set()
+    known: dict[str, TensorSpec] = {}
+    for estimator in _entries(entry) or [entry]:
+        branches = _branches(estimator)
+        if branches is None:
+            branches = [(estimator, list(range(len(names))))]
+        for transformer, positions in branches:
+            mine = [names[position] for position in positions]
+            used.update(mine)
+            for inner in _entries(transformer):
+                for position, spec in _own_kinds(inner, mine).items():
+                    known.setdefault(mine[position], spec)
+    return used, known
+
+
+def _branches(estimator: Any) -> list[tuple[Any, list[int]]] | None:
+    """Return what a fitted ColumnTransformer does with which columns, by position; what it drops is left out.
+
+    Histogram boosting has one inside where some columns are categories. None for all others.
+    """
+    transformer = getattr(estimator, "_preprocessor", None) or estimator
+    indices = getattr(transformer, "_transformer_to_input_indices", None)
+    if type(transformer).__name__ != "ColumnTransformer" or indices is None:
+        return None
+    return [
+        (fitted, [int(position) for position in indices.get(name, [])])
+        for name, fitted, _ in transformer.transformers_
+        if not (isinstance(fitted, str) and fitted == "drop")
+    ]
+
+
+def _own_kinds(estimator: Any, names: list[str]) -> dict[int, TensorSpec]:
+    categories = getattr(estimator, "categories_", None)
+    if isinstance(categories, list) and len(categories) == len(names):
+        return {position: _spec_of_values(names[position], values) for position, values in enumerate(categories)}
+    statistics = getattr(estimator, "statistics_", None)
+    if isinstance(statistics, np.ndarray) and statistics.dtype == object and len(statistics) == len(names):
+        specs = {
+            position: _spec_of_values(names[position], np.array([value], dtype=object))
+            for position, value in enumerate(statistics)
+        }
+        none = getattr(estimator, "missing_values", np.nan) is None
+        return {
+            position: spec.model_copy(update={"missing": "none" if none else "nan"}) for position, spec in specs.items()
+        }
+    tags = _tags(estimator)
+    if tags is not None and tags.input_tags.string and not tags.input_tags.two_d_array:
+        return {
+            position: TensorSpec(name=name, datatype="BYTES", dtype="object") for position, name in enumerate(names)
+        }
+    return {}
+
+
+def _spec_of_values(name: str, values: Array) -> TensorSpec:
+    """Tell from known values of a column (an encoder's categories) what it holds."""
+    if values.dtype.kind in "OUST":
+        present = [value for value in values.tolist() if value is not None and value == value]
+        missing: Literal["nan", "none"] = "none" if any(value is None for value in values.tolist()) else "nan"
+        if present and all(isinstance(value, bool) for value in present):
+            return TensorSpec(name=name, datatype="BOOL", dtype="bool", missing=missing)
+        if present and all(isinstance(value, (int, float)) for value in present):
+            return TensorSpec(name=name, datatype="FP64", dtype="float64")
+        return TensorSpec(name=name, datatype="BYTES", dtype="object", missing=missing)
+    if values.dtype.kind == "b":
+        return TensorSpec(name=name, datatype="BOOL", dtype="bool")
+    if values.dtype.kind in "iu":
+        return TensorSpec(name=name, datatype="INT64", dtype="int64")
+    if values.dtype.kind == "M":
+        return TensorSpec(name=name, datatype="BYTES", dtype=str(values.dtype))
+    return TensorSpec(name=name, datatype="FP64", dtype="float64")
+
+
+def _column(examples: Any, name: str, position: int) -> Any:
+    """Return one column of the examples, a Series or an array; None where they have no columns."""
+    columns = _frame_columns(examples)
+    if columns is not None:
+        return examples.iloc[:, columns.index(name) if name in columns else position]
+    if isinstance(examples, np.ndarray) and examples.ndim == 2 and position < examples.shape[1]:
+        return examples[:, position]
+    return None
+
+
+def _count_missing(column: Any) -> int:
+    import pandas as pd
+
+    return int(pd.isna(column).sum())
+
+
+def _array_spec(name: str, column: Array) -> TensorSpec:
+    return _spec_of_values(name, column) if column.dtype.kind == "O" else _dtype_spec(name, column.dtype)
+
+
+def _frame_spec(name: str, series: pd.Series[Any]) -> TensorSpec:
+    dtype = series.dtype
+    text = str(dtype)
+    if text == "category":
+        categories = np.asarray(series.cat.categories)
+        spec = _spec_of_values(name, categories)
+        more = {"dtype": text, "categories": tuple(plain(categories)), "ordered": bool(series.cat.ordered)}
+        return spec.model_copy(update=more)
+    if text == "object":
+        return _spec_of_values(name, np.asarray(series))
+    kind = getattr(dtype, "kind", "O")
+    if kind == "M":
+        return TensorSpec(name=name, datatype="BYTES", dtype=text)
+    if kind in "iufb":
+        return _dtype_spec(name, dtype)  # pandas' Int64 and boolean and Arrow's dtypes, too
+    return TensorSpec(name=name, datatype="BYTES", dtype=text)
+
+
+def _dtype_spec(name: str, dtype: Any) -> TensorSpec:
+    datatypes: dict[str, Datatype] = {"f": "FP64", "i": "INT64", "u": "INT64", "b": "BOOL"}
+    if dtype.kind not in datatypes:
+        return TensorSpec(name=name, datatype="BYTES", dtype="object")
+    return TensorSpec(name=name, datatype=datatypes[dtype.kind], dtype=str(dtype))
+
+
+def _refusing(steps: Sequence[Any], positions: set[int], *, moved: bool = False) -> tuple[set[int], set[int]]:
+    """Return the columns whose missing values one of the steps refuses, and those whose missing values come out behind.
+
+    Refused are only those that scikit-learn itself is known to refuse: what is let in here and refused by an estimator
+    is the caller's error as well, only later. `moved` says that a step before these may have put columns elsewhere.
+    """
+    refused: set[int] = set()
+    for step in (deep for stage in steps for deep in _steps(stage)):
+        turned_away, positions = _met(step, positions, moved=moved)
+        refused |= turned_away
+        moved = moved or not _looks_at_nothing(step)
+    return refused, positions
+
+
+def _met(estimator: Any, positions: set[int], *, moved: bool) -> tuple[set[int], set[int]]:
+    branches, delegates = _branches(estimator), _delegates(estimator)
+    if branches is not None:
+        if moved:
+            return set(), set()
+        ways = [_refusing([fitted], positions & set(where), moved=True) for fitted, where in branches]
+    elif delegates is not None:
+        ways = [_refusing([inner], positions, moved=moved) for inner in delegates]
+    else:
+        fate = _own_fate(estimator)
+        return (positions if fate == "refused" else set()), (positions if fate == "passed" else set())
+    return set().union(*(refused for refused, _ in ways)), set().union(*(passed for _, passed in ways))
+
+
+def _own_fate(estimator: Any) -> Literal["passed", "settled", "refused"]:
+    """Tell what becomes of a missing value: handed on, dealt with (or nobody knows), or not taken."""
+    kind = type(estimator).__name__
+    if kind.endswith("Imputer") or kind in ("OneHotEncoder", "TargetEncoder"):
+        return "settled"
+    tags = _tags(estimator)
+    if tags is None or tags.no_validation:
+        return "passed"
+    wraps = {"estimator", "estimators"} & set(estimator.get_params(deep=False))
+    if wraps or not type(estimator).__module__.startswith("sklearn."):  # their tags say little of what is inside
+        return "settled"
+    if kind != "OrdinalEncoder" and not tags.input_tags.allow_nan:
+        return "refused"
+    return "passed" if hasattr(estimator, "transform") and not hasattr(estimator, "predict") else "settled"
+
+
+def _classes(model: Any, target: Any) -> list[Any] | None:
+    classes = _attribute(model, "classes_") if _has(model, "predict") else None
+    if target is not None and not isinstance(classes, list):
+        classes = _attribute(target, "classes_")
+    if classes is None:
+        return None
+    return [plain(item) for item in classes] if isinstance(classes, list) else plain(np.asarray(classes))
+
+
+def plain(values: Any) -> list[Any]:
+    """Return an array's values as JSON can carry them."""
+    if isinstance(values, np.ndarray) and values.dtype.kind == "M":
+        values = [None if text == "NaT" else text for text in np.datetime_as_string(values).tolist()]
+    return [plain_value(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+
+
+def plain_value(value: Any) -> Any:
+    """Return one value as JSON can carry it: numpy and pandas scalars unwrapped, what is missing or infinite as None."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return str(value) if type(value) not in (str, bool, int) and isinstance(value, str) else value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.datetime64):
+        return None if np.isnat(value) else str(value)
+    if isinstance(value, datetime):  # pandas' Timestamp is one; NaT is one that differs from itself
+        return value.isoformat() if value == value else None
+    if isinstance(value, np.generic):
+        return plain_value(value.item())
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain_value(item) for key, item in value.items()}
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    raise UnusableExamples(f"a value of type {type(value).__name__} cannot be written as JSON")
+
+
+def instances_of(examples: Any, signature: Signature) -> list[Any]:
+    """Return examples as the instances of a request: rows as lists in the signature's order, or the items themselves.
+
+    Raises `UnusableExamples` when they do not have the model's columns.
+    """
+    if signature.layout in ("text", "records"):
+        return [plain_value(item) for item in examples]
+    if hasattr(examples, "columns"):
+        columns = _frame_columns(examples) or []
+        positions = [
+            columns.index(spec.name) if spec.name in columns else position
+            for position, spec in enumerate(signature.inputs)
+        ]
+        series = [[plain_value(value) for value in examples.iloc[:, position].tolist()] for position in positions]
+        return [list(row) for row in zip(*series, strict=True)]
+    rows = np.asarray(examples)
+    if rows.ndim != 2 or (signature.inputs and rows.shape[1] != len(signature.inputs)):
+        raise UnusableExamples(
+            f"the examples have shape {rows.shape}, the model takes {len(signature.inputs)} columns a row"
+        )
+    return [[plain_value(value) for value in row] for row in rows.tolist()]

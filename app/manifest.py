@@ -1,0 +1,108 @@
+"""What one version of a model consists of: its reference, its artifacts with their digests, and the manifest that lists them.
+
+The format is described in docs/bundle-format.md; `FORMAT` is its number. Old formats keep loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.errors import InvalidManifest
+from app.names import NAME, ModelRef
+from app.signature import Signature
+
+FORMAT = 1
+CHUNK_BYTES = 4 * 1024 * 1024
+
+
+class Artifact(BaseModel):
+    """One object of a bundle: what it is for, where it lies beside the manifest, and the digests its bytes must have."""
+
+    model_config = ConfigDict(frozen=True)
+
+    role: str
+    path: str
+    format: str
+    size: int = Field(ge=0, description="bytes")
+    sha256: str
+    chunk_bytes: int = Field(default=CHUNK_BYTES, gt=0)
+    chunks: tuple[str, ...] = Field(default=(), description="SHA-256 of every run of `chunk_bytes` bytes")
+
+    @classmethod
+    def of(cls, body: bytes, *, role: str, path: str, format: str) -> Artifact:
+        """Describe `body`: its size, its SHA-256, and that of each chunk."""
+        view = memoryview(body)
+        chunks = tuple(
+            hashlib.sha256(view[start : start + CHUNK_BYTES]).hexdigest() for start in range(0, len(view), CHUNK_BYTES)
+        )
+        whole = hashlib.sha256(view).hexdigest()
+        return cls(role=role, path=path, format=format, size=len(view), sha256=whole, chunks=chunks)
+
+
+class Golden(BaseModel):
+    """Recorded inputs, as `instances` of a request, and the answers of each method to them, as the wire gives them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    instances: list[Any]
+    outputs: dict[str, list[Any]]
+
+
+class Manifest(BaseModel):
+    """One version of a model as it is stored. Fields that a later release adds are kept out of the way, not refused."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int
+    name: str
+    version: str
+    created: str = Field(description="ISO 8601, UTC")
+    artifacts: tuple[Artifact, ...]
+    signature: Signature
+    golden: Golden | None = None
+    trained_with: dict[str, str] = Field(default_factory=dict, description="versions of Python and the libraries")
+
+    @property
+    def ref(self) -> ModelRef:
+        """Name and version together."""
+        return ModelRef(self.name, self.version)
+
+    def encode(self) -> bytes:
+        """Return the manifest's bytes, as they are stored (and, later, sealed)."""
+        return self.model_dump_json(indent=1, exclude_none=True).encode()
+
+    @classmethod
+    def decode(cls, body: bytes, ref: ModelRef) -> Manifest:
+        """Read the manifest of `ref`. Raises `InvalidManifest` when it is not one, or is another version's."""
+        try:
+            manifest = cls.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise InvalidManifest(f"{ref}: manifest.json is not a manifest: {where}: {first['msg']}") from error
+        if manifest.format > FORMAT:
+            raise InvalidManifest(
+                f"{ref}: manifest.json has format {manifest.format}, this release reads up to {FORMAT}: upgrade Diskless"
+            )
+        if manifest.ref != ref:
+            raise InvalidManifest(f"{ref}: manifest.json there belongs to {manifest.ref}")
+        roles = [artifact.role for artifact in manifest.artifacts]
+        if roles.count("model") != 1 or len(set(roles)) != len(roles):
+            raise InvalidManifest(f"{ref}: manifest.json must list one model and each role once, lists {roles}")
+        for artifact in manifest.artifacts:
+            _check_artifact(artifact, ref)
+        return manifest
+
+
+def _check_artifact(artifact: Artifact, ref: ModelRef) -> None:
+    parts = artifact.path.split("/")
+    if not all(NAME.match(part) for part in parts):
+        raise InvalidManifest(f"{ref}: artifact path {artifact.path!r} leaves its version's folder or is no path")
+    expected = -(-artifact.size // artifact.chunk_bytes)
+    if artifact.chunks and len(artifact.chunks) != expected:
+        raise InvalidManifest(
+            f"{ref} {artifact.path}: {artifact.size} bytes are {expected} chunks, the manifest lists {len(artifact.chunks)}"
+        )

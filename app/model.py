@@ -1,0 +1,442 @@
+"""A loaded model: immutable, synchronous, and the same answer for the same rows whoever asks.
+
+This module has the reference runtime, scikit-learn itself. It owns how an estimator is handed its input and how what it
+returns becomes an array with one entry per row; it knows nothing of requests, queues or storage.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from app import inspection, loaders
+from app.bundle import Bundle, Part
+from app.errors import (
+    BundleError,
+    CompanionFailed,
+    GoldenMismatch,
+    InvalidInput,
+    LoadFailed,
+    PredictionFailed,
+    RequestError,
+    RequestTooLarge,
+    UnusableModel,
+    Violation,
+)
+from app.manifest import CHUNK_BYTES, Golden
+from app.names import ModelRef
+from app.signature import MAX_VIOLATIONS, Array, Rows, Signature, show, step_of
+
+Prediction = Array | tuple[Array, ...]
+"""One array whose first axis is the row, or one such array for each output of a multi-output classifier."""
+
+GOLDEN_RELATIVE_TOLERANCE = 1e-6  # another BLAS, or another CPU, may round the last digits differently
+GOLDEN_ABSOLUTE_TOLERANCE = 1e-9
+
+# What scikit-learn says when a value, not the model, is at fault.
+_MISSING_FAULT = re.compile(r"contains NaN|with NaN")
+_SIZE_FAULT = re.compile(r"contains infinity|value too large")
+_OTHER_FAULT = re.compile(
+    r"[Ff]ound unknown categor|could not convert string to float|is an invalid document"
+    r"|Negative values in data|must be non-negative|strictly positive data"
+)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)  # trees compute in float32
+
+MAX_DENSE_VALUES = 5_000_000  # of a sparse answer, which JSON can only write out in full
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a part of a model came from; `sha256` is of the bytes that were really read."""
+
+    role: str
+    key: str
+    etag: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading took and told: seconds by phase, resident bytes gained (measured, so approximate), warnings."""
+
+    sources: tuple[Source, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    resident_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
+    trained_with: dict[str, str] = field(default_factory=dict)
+    sealed: bool = False
+
+
+class Model:
+    """A fitted estimator behind its companions, with its signature. Safe to share: nothing changes after it is made."""
+
+    runtime = "sklearn"
+
+    def __init__(
+        self,
+        ref: ModelRef,
+        signature: Signature,
+        estimator: Any,
+        companions: Sequence[Any] = (),
+        *,
+        golden: Golden | None = None,
+        report: LoadReport | None = None,
+    ) -> None:
+        self.ref = ref
+        self.signature = signature
+        self.estimator = estimator
+        self.golden = golden
+        self.report = report or LoadReport()
+        self._stages = [stage for stage in companions if not inspection.is_target_encoder(stage)]
+        self._target = next((stage for stage in companions if inspection.is_target_encoder(stage)), None)
+        for part in (*companions, estimator):
+            _check_fitted(part)
+            use_one_thread(part)
+        _check_chain([*self._stages, estimator])
+        _check_target(self._target, estimator)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle) -> Model:
+        """Read a bundle's parts and put them together. Runs in a thread of its own, not on the event loop.
+
+        Raises `LoadFailed`, `DigestMismatch`, `CompanionFailed`, `UnusableModel`, or what the storage raises.
+        """
+        map_chunks_apart()
+        started, resident = time.perf_counter(), resident_bytes()
+        parts = [_read(bundle, part) for part in bundle.parts]
+        values = [loaded.value for loaded, _ in parts]
+        *companions, estimator = values
+        manifest = bundle.manifest
+        signature = manifest.signature if manifest else inspection.infer(companions, estimator)
+        trim_heap()
+        trained_with = dict(manifest.trained_with) if manifest else {}
+        written_by = next((loaded.trained_version for loaded, _ in parts if loaded.trained_version), None)
+        report = LoadReport(
+            sources=tuple(source for _, source in parts),
+            seconds={"load": time.perf_counter() - started},
+            resident_bytes=max(0, resident_bytes() - resident),
+            warnings=tuple(dict.fromkeys(warning for loaded, _ in parts for warning in loaded.warnings)),
+            trained_with=trained_with or ({"scikit-learn": written_by} if written_by else {}),
+        )
+        golden = manifest.golden if manifest else None
+        return cls(bundle.ref, signature, estimator, companions, golden=golden, report=report)
+
+    def predict(self, rows: Rows, method: str) -> Prediction:
+        """Compute `method` (one of the signature's) for the rows; the first axis of what returns is the row.
+
+        Raises `InvalidInput` where the estimator refuses a value, `PredictionFailed` for anything else that it raises.
+        """
+        try:
+            return self._compute(self._input(rows), rows.count, method)
+        except RequestError:
+            raise
+        except ValueError as error:
+            message = " ".join(str(error).splitlines()[:1])
+            if _MISSING_FAULT.search(message):
+                violations = _cells(rows, _is_missing, "a value: this model takes no null")
+            elif _SIZE_FAULT.search(message):
+                violations = _cells(rows, _is_too_large, f"at most {_LARGEST_FLOAT32:.7g}, the largest float32")
+            elif _OTHER_FAULT.search(message):
+                violations = []
+            else:
+                raise PredictionFailed(_GENERIC) from error
+            raise InvalidInput(f"the model cannot take this input: {loaders.reason(message)}", violations) from error
+        except Exception as error:  # any class may come out of an estimator; the caller is told nothing of it
+            raise PredictionFailed(_GENERIC) from error
+
+    def check(self) -> float | None:
+        """Run the golden rows, and return the largest relative difference from what was recorded; None without any.
+
+        Raises `GoldenMismatch`. This is also the warm-up.
+        """
+        if self.golden is None:
+            return None
+        rows = self.signature.validate(self.golden.instances)
+        worst = 0.0
+        for method, recorded in self.golden.outputs.items():
+            worst = max(worst, compare(self.ref, method, recorded, wire(self.predict(rows, method))))
+        return worst
+
+    def predict_directly(self, examples: Any, method: str) -> Prediction:
+        """Compute `method` for examples as they are (a DataFrame, an array, a list), as their owner would.
+
+        Raises `PredictionFailed` for whatever the estimator raises.
+        """
+        try:
+            return self._compute(examples, len(examples), method)
+        except Exception as error:
+            raise PredictionFailed("the estimator cannot compute them") from error
+
+    def _compute(self, value: Any, count: int, method: str) -> Prediction:
+        with np.errstate(all="ignore"):  # the logarithm of an impossible class is minus infinity, and no surprise
+            for stage in self._stages:
+                value = stage.transform(_as_trained(value, stage))
+            result = getattr(self.estimator, method)(_as_trained(value, self.estimator))
+        if self._target is not None and method == "predict":
+            result = self._target.inverse_transform(result)
+        return _normalised(result, count)
+
+    def _input(self, rows: Rows) -> Any:
+        if self.signature.layout == "frame":
+            return rows.frame()
+        return rows.array() if self.signature.layout == "matrix" else rows.items()
+
+
+def _read(bundle: Bundle, part: Part) -> tuple[loaders.Loaded, Source]:
+    """Read one part, to the last byte. Nothing of its stream is left in memory afterwards."""
+    with bundle.open(part) as stream:
+        try:
+            loaded = loaders.load(part.format, stream, f"{bundle.ref} {part.info.key.rpartition('/')[2]}")
+            sha256 = stream.finish()
+        except LoadFailed as error:
+            written = bundle.manifest.trained_with.get("scikit-learn") if bundle.manifest else None
+            told = f"{error} (published from scikit-learn {written})" if written else str(error)
+            raise (
+                LoadFailed(told) if part.role == "model" else CompanionFailed(f"{part.role} is broken: {told}")
+            ) from error
+        except BundleError as error:
+            if part.role == "model":
+                raise
+            raise CompanionFailed(f"{part.role} is broken: {error}") from error
+    return loaded, Source(part.role, part.info.key, part.info.etag, sha256, part.info.size)
+
+
+_GENERIC = "the model could not compute this input; the service's log says why"
+
+
+def wire(prediction: Prediction) -> list[Any]:
+    """Return a prediction as JSON carries it: one element a row, NaN and the infinities as None."""
+    if isinstance(prediction, tuple):
+        return [list(row) for row in zip(*(wire(output) for output in prediction), strict=True)]
+    if prediction.dtype.kind in "iubU":
+        return prediction.tolist()  # type: ignore[no-any-return]
+    if prediction.dtype.kind == "f" and bool(np.isfinite(prediction).all()):
+        return prediction.tolist()  # type: ignore[no-any-return]
+    return inspection.plain(prediction)
+
+
+def compare(ref: ModelRef | str, method: str, recorded: list[Any], found: list[Any]) -> float:
+    """Return the largest relative difference between two answers. Raises `GoldenMismatch` when they are not the same."""
+    if len(recorded) != len(found):
+        raise GoldenMismatch(f"{ref}: {method} gave {len(found)} rows, recorded are {len(recorded)}")
+    worst = 0.0
+    for index, (was, now) in enumerate(zip(recorded, found, strict=True)):
+        difference = _difference(was, now)
+        if difference is None:
+            raise GoldenMismatch(f"{ref}: golden row {index}: {method} gave {now}, recorded is {was}")
+        worst = max(worst, difference)
+    return worst
+
+
+def part_of(prediction: Prediction, start: int, stop: int) -> Prediction:
+    """Return the rows `start` up to `stop` of a prediction."""
+    if isinstance(prediction, tuple):
+        return tuple(output[start:stop] for output in prediction)
+    return prediction[start:stop]
+
+
+def _normalised(result: Any, count: int) -> Prediction:
+    if isinstance(result, list) and result and all(hasattr(output, "shape") for output in result):
+        return tuple(_array(output, count) for output in result)
+    return _array(result, count)
+
+
+def _array(result: Any, count: int) -> Array:
+    if hasattr(result, "toarray"):  # a sparse matrix
+        if result.shape[0] * result.shape[1] > MAX_DENSE_VALUES:
+            rows = max(1, MAX_DENSE_VALUES // result.shape[1])
+            raise RequestTooLarge(
+                f"each row's answer has {result.shape[1]} numbers: ask for at most {rows} rows at a time"
+            )
+        result = result.toarray()
+    array = result.to_numpy() if hasattr(result, "to_numpy") else np.asarray(result)
+    if array.ndim == 0 or len(array) != count:
+        raise ValueError(f"the model answered with shape {array.shape} for {count} rows")
+    if array.dtype.kind == "f" and array.dtype != np.float64:
+        return array.astype(np.float64)  # exact, and what JSON's numbers are
+    return np.ascontiguousarray(array)
+
+
+def _as_trained(value: Any, estimator: Any) -> Any:
+    """Give a stage its input with the column names that it was fitted with, or without any if it had none."""
+    names = getattr(estimator, "feature_names_in_", None)
+    if names is not None and isinstance(value, np.ndarray) and value.ndim == 2 and value.shape[1] == len(names):
+        import pandas as pd
+
+        return pd.DataFrame(value, columns=pd.Index(names), copy=False)
+    if names is None and hasattr(value, "columns") and _fitted_on_array(estimator):
+        return value.to_numpy()
+    return value
+
+
+def _fitted_on_array(estimator: Any) -> bool:
+    return type(estimator).__name__ != "Pipeline" and isinstance(getattr(estimator, "n_features_in_", None), int)
+
+
+def _check_fitted(part: Any) -> None:
+    from sklearn.exceptions import NotFittedError
+    from sklearn.utils.validation import check_is_fitted
+
+    if not type(part).__module__.startswith("sklearn."):
+        return  # others need not follow its conventions
+    try:
+        check_is_fitted(part)
+    except NotFittedError as error:
+        raise UnusableModel(f"its {type(part).__name__} was saved before it was fitted") from error
+    except Exception:  # it asks parts that may be anybody's, who may answer anything
+        return
+
+
+def _check_chain(stages: Sequence[Any]) -> None:
+    """Refuse companions that cannot belong together: what one gives must be as wide as what the next one takes."""
+    for stage, following in itertools.pairwise(stages):
+        name = type(stage).__name__
+        if not callable(getattr(stage, "transform", None)):
+            raise CompanionFailed(f"a {name} has no transform and cannot stand before the model")
+        takes = getattr(following, "n_features_in_", None)
+        gives = _width_given(stage)
+        if gives is not None and takes is not None and gives != takes:
+            raise CompanionFailed(
+                f"its {name} gives {gives} columns, the {type(following).__name__} behind it takes {takes}: "
+                "they do not belong together"
+            )
+
+
+def _width_given(transformer: Any) -> int | None:
+    try:
+        return len(transformer.get_feature_names_out())
+    except Exception:  # many transformers cannot say; then only trying tells
+        return None
+
+
+def _check_target(target: Any, estimator: Any) -> None:
+    """Refuse an encoder of labels that cannot decode what the model says."""
+    if type(target).__name__ != "LabelEncoder":
+        return
+    labels, numbers = getattr(target, "classes_", ()), getattr(estimator, "classes_", None)
+    if isinstance(numbers, np.ndarray) and not set(numbers.tolist()) <= set(range(len(labels))):
+        raise CompanionFailed(
+            f"its LabelEncoder decodes the numbers 0 to {len(labels) - 1}, the {type(estimator).__name__} says "
+            f"{', '.join(map(str, numbers[:5].tolist()))}: they do not belong together"
+        )
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value
+
+
+def _is_too_large(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) > _LARGEST_FLOAT32
+
+
+def _cells(rows: Rows, is_at_fault: Callable[[Any], bool], expected: str) -> list[Violation]:
+    """Return the values of the rows that are at fault."""
+    if rows.signature.layout not in ("matrix", "frame"):
+        return []
+    specs = rows.signature.inputs
+    found = []
+    for index, row in enumerate(rows.array().tolist()):
+        for position, value in enumerate(row):
+            if is_at_fault(value):
+                step = step_of(specs[position].name) if rows.signature.layout == "frame" else f"[{position}]"
+                found.append(Violation(f"instances[{index}]{step}", expected, show(inspection.plain_value(value))))
+                if len(found) == MAX_VIOLATIONS:
+                    return found
+    return found
+
+
+def _difference(was: Any, now: Any) -> float | None:
+    """Return how far two answers are apart, relative to the recorded one; None when they are not the same answer."""
+    if isinstance(was, list) or isinstance(now, list):
+        if not (isinstance(was, list) and isinstance(now, list) and len(was) == len(now)):
+            return None
+        worst = 0.0
+        for left, right in zip(was, now, strict=True):
+            difference = _difference(left, right)
+            if difference is None:
+                return None
+            worst = max(worst, difference)
+        return worst
+    if isinstance(was, bool) or isinstance(now, bool) or not isinstance(was, (int, float)):
+        return 0.0 if was == now and type(was) is type(now) else None
+    if not isinstance(now, (int, float)):
+        return None
+    if not math.isclose(was, now, rel_tol=GOLDEN_RELATIVE_TOLERANCE, abs_tol=GOLDEN_ABSOLUTE_TOLERANCE):
+        return None
+    return float(abs(was - now) / max(abs(was), GOLDEN_ABSOLUTE_TOLERANCE))
+
+
+def use_one_thread(estimator: Any) -> None:
+    """Set `n_jobs` to 1 wherever it stands in a fitted estimator.
+
+    One row through a forest with `n_jobs=-1` costs more in threads than in trees, and requests are parallel already.
+    """
+    for part in parts_of(estimator):
+        if getattr(part, "n_jobs", 1) != 1:
+            part.n_jobs = 1
+
+
+def parts_of(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """Yield every estimator within a fitted object, itself among them, once."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, (list, tuple)):
+        children: Sequence[Any] = value
+    elif isinstance(value, dict):
+        children = list(value.values())
+    elif isinstance(value, np.ndarray):
+        children = value.ravel().tolist() if value.dtype == object and value.size < 100_000 else ()
+    elif hasattr(value, "get_params") and hasattr(value, "__dict__"):
+        yield value
+        children = list(vars(value).values())
+    else:
+        return
+    for child in children:
+        if not isinstance(child, (str, bytes, int, float, bool, type(None))):
+            yield from parts_of(child, seen)
+
+
+def resident_bytes() -> int:
+    """Return this process's resident size, 0 where /proc does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _c_library() -> Any:
+    import ctypes
+
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None  # None: not glibc
+
+
+_libc = _c_library()
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def map_chunks_apart() -> None:
+    """Have the C library give each chunk of a stream pages of its own, which go back to the system with the chunk.
+
+    Otherwise each thread that has fetched one keeps the room of two or three, for good: 38 MB beside a model of 105 MB.
+    """
+    if _libc is not None:
+        _libc.mallopt(_M_MMAP_THRESHOLD, CHUNK_BYTES)
+
+
+def trim_heap() -> None:
+    """Give memory that a load has freed back to the system, where the C library can."""
+    if _libc is not None:
+        _libc.malloc_trim(0)

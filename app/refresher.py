@@ -1,0 +1,327 @@
+"""Keeps what is served equal to what the bucket wants: looks, loads, checks, swaps, retires. The registry's only writer.
+
+One look at a time, one load at a time: two models in the making would double the peak. A failure is recorded against the
+version that failed, and whatever served before goes on serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from app.errors import ArtifactMissing, BundleError, CompanionFailed, DisklessError, StorageError
+from app.loaders import reason
+from app.model import Model, trim_heap
+from app.model_storage import Catalogue, ModelStorageManager, Wanted, load_checked
+from app.names import ModelRef
+from app.registry import Entry, Registry, Slot, Snapshot, State
+from app.runner import Runner
+from app.worker import Worker, limit_native_threads
+
+logger = logging.getLogger("diskless.refresher")
+FIRST_PAUSE_SECONDS = 1.0
+MAX_FAILURE_PAUSE_SECONDS = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one look did. `passing`: something failed that may be over soon, so it is worth looking again soon."""
+
+    loaded: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    retired: tuple[str, ...] = ()
+    error: str | None = None
+    passing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    content: str  # what was wanted: if something else is, the failure says nothing about it
+    reason: str
+    count: int
+    retry_at: float  # time.monotonic(), seconds
+
+
+class Refresher:
+    """Brings the registry up to date, at once when told to and every `refresh_seconds` (with jitter) otherwise."""
+
+    def __init__(
+        self,
+        manager: ModelStorageManager,
+        registry: Registry,
+        make_runner: Callable[[Model], Runner],
+        *,
+        refresh_seconds: float = 60.0,
+    ) -> None:
+        self._manager = manager
+        self._registry = registry
+        self._make_runner = make_runner
+        self._refresh_seconds = refresh_seconds
+        self._catalogue: Catalogue | None = None
+        self._failures: dict[ModelRef, _Failure] = {}
+        self._gone: frozenset[str] = frozenset()
+        self._looking = asyncio.Lock()
+        self._next_look: asyncio.Task[Outcome] | None = None
+        self._loader = Worker("load")
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.unloading: list[ModelRef] = []
+        self.last_sync: datetime | None = None
+        self.last_error: str | None = None
+
+    @property
+    def ignored(self) -> dict[str, str]:
+        """What the last look passed over, and why."""
+        return dict(self._catalogue.ignored) if self._catalogue else {}
+
+    def start(self) -> None:
+        """Begin to look, in the background: the process answers its health checks meanwhile."""
+        self._begin(self._run())
+
+    async def stop(self) -> None:
+        """End the looking, and let the threads go. What is being loaded is abandoned."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._loader.close()
+        for slot in self._registry.snapshot.slots():
+            if slot.runner is not None:
+                slot.runner.close()
+
+    async def look_now(self) -> Outcome:
+        """Look at the bucket and do what follows from it. Failures are tried again whatever their pause.
+
+        Whoever asks before such a look has begun shares it: any number of callers cost one look, or two.
+        """
+        if self._next_look is None:
+            self._next_look = self._begin(self._look_insistently())
+        return await asyncio.shield(self._next_look)
+
+    async def _look_insistently(self) -> Outcome:
+        async with self._looking:
+            self._next_look = None  # who asks from here on may know of something that this look does not see any more
+            return await self._look(insist=True)
+
+    async def _run(self) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            async with self._looking:
+                outcome = await self._look()
+            # When the bucket cannot be read, look again soon, then ever more slowly.
+            troubled = outcome.error is not None or outcome.passing
+            wait = min(pause, self._refresh_seconds) if troubled else self._refresh_seconds
+            pause = pause * 2 if troubled and pause < self._refresh_seconds else FIRST_PAUSE_SECONDS
+            await asyncio.sleep(wait * random.uniform(0.9, 1.1))  # noqa: S311 - spreads load, keeps no secret
+
+    async def _look(self, *, insist: bool = False) -> Outcome:
+        """Look once. Whatever goes wrong becomes an outcome: nothing may end the looking."""
+        try:
+            self._catalogue = catalogue = await self._manager.catalogue(self._catalogue)
+            if self.last_error is not None:
+                logger.info("the bucket can be read again")
+            self.last_sync, self.last_error = datetime.now(UTC), None
+            outcome = await self._follow(catalogue, insist=insist)
+        except DisklessError as error:
+            return self._blind(str(error), hint(error))
+        except Exception as error:
+            logger.exception("looking at the bucket failed")
+            text = f"looking at the bucket failed: {type(error).__name__}; the service's log says more"
+            return self._blind(text, text)
+        self._registry.settle()
+        return outcome
+
+    def _blind(self, text: str, told: str) -> Outcome:
+        if text != self.last_error:
+            logger.warning("the bucket cannot be read", extra={"fields": {"reason": text}})
+        self.last_error = text
+        self._registry.unreadable(told)
+        return Outcome(error=text)
+
+    async def _follow(self, catalogue: Catalogue, *, insist: bool) -> Outcome:
+        """Load what is wanted and not there, move the aliases, retire what nobody wants."""
+        loaded: list[str] = []
+        failed: dict[str, str] = {}
+        passing = False
+        retired = self._drop_gone(catalogue)
+        for name in dict.fromkeys(ref.name for ref in catalogue.wanted):
+            retired += self._announce(name, catalogue)
+        for wanted in catalogue.wanted.values():
+            if self._is_served(wanted) or (self._is_hopeless(wanted) and not insist):
+                continue
+            result = await self._load(wanted)
+            if isinstance(result, Slot):
+                loaded.append(str(wanted.ref))
+                retired += self._put(result, catalogue)
+            else:
+                failed[str(wanted.ref)] = str(result)
+                passing = passing or _is_passing(wanted, result)
+                retired += self._fail(wanted, result, catalogue)
+        return Outcome(tuple(loaded), failed, tuple(retired), passing=passing)
+
+    def _drop_gone(self, catalogue: Catalogue) -> list[str]:
+        """Take out the names that the bucket no longer has.
+
+        An index that does not list a name any more says so on purpose. A bare model, or a whole index, that is not there
+        must be missing twice: somebody may be in the middle of an upload.
+        """
+        snapshot = self._registry.snapshot
+        names = {ref.name for ref in catalogue.wanted}
+        gone = frozenset(snapshot.entries) - names
+        for name in gone:
+            bare = any(slot.bare for slot in snapshot.entries[name].slots.values())
+            if name in self._gone or not (bare or catalogue.index.etag is None):
+                snapshot = snapshot.with_entry(name, None)
+        self._gone = gone
+        self._failures = {ref: failure for ref, failure in self._failures.items() if ref in catalogue.wanted}
+        return self._swap(snapshot)
+
+    def _announce(self, name: str, catalogue: Catalogue) -> list[str]:
+        """Show the new versions of a name as LOADING, and move its aliases to what is there already."""
+        entry = self._registry.snapshot.entries.get(name, Entry())
+        slots = {
+            wanted.ref.version: Slot(wanted.ref, State.LOADING, bare=wanted.bare)
+            for wanted in catalogue.wanted.values()
+            if wanted.ref.name == name and wanted.ref.version not in entry.slots
+        }
+        return self._replace(name, replace(entry, slots={**entry.slots, **slots}), catalogue)
+
+    def _is_served(self, wanted: Wanted) -> bool:
+        slot = self._slot(wanted.ref)
+        return slot is not None and slot.runner is not None and slot.content == wanted.content
+
+    def _is_hopeless(self, wanted: Wanted) -> bool:
+        """Whether this very content has failed, and it is too early to try again."""
+        failure = self._failures.get(wanted.ref)
+        return failure is not None and failure.content == wanted.content and time.monotonic() < failure.retry_at
+
+    async def _load(self, wanted: Wanted) -> Slot | DisklessError:
+        """Load one version; return the slot that serves it, or why it cannot be served."""
+        ref, started = wanted.ref, time.perf_counter()
+        try:
+            with await self._manager.fetch(wanted) as bundle:
+                found = time.perf_counter()
+                checked = await self._loader.run(load_checked, bundle, before_check=limit_native_threads)
+        except (BundleError, StorageError) as error:
+            failure: DisklessError = error
+        except Exception as error:
+            logger.exception("loading failed", extra={"fields": {"model": str(ref)}})
+            failure = BundleError(f"{ref}: {reason(error)}")
+        else:
+            model, report = checked.model, checked.model.report
+            seconds = {"find": found - started, **checked.seconds}
+            seconds = {phase: round(took, 4) for phase, took in seconds.items()}
+            fields: dict[str, Any] = {"model": str(ref), "seconds": seconds, "bytes": bundle.size}
+            logger.info(
+                "serving", extra={"fields": fields | ({"warnings": report.warnings} if report.warnings else {})}
+            )
+            return Slot(
+                ref,
+                State.READY,
+                runner=self._make_runner(model),
+                bare=wanted.bare,
+                content=wanted.content,
+                parity=checked.parity,
+                seconds=seconds,
+            )
+        _forget_frames(failure)
+        await self._loader.run(trim_heap)
+        return failure
+
+    def _put(self, slot: Slot, catalogue: Catalogue) -> list[str]:
+        self._failures.pop(slot.ref, None)
+        entry = self._registry.snapshot.entries.get(slot.ref.name, Entry())
+        return self._replace(slot.ref.name, replace(entry, slots={**entry.slots, slot.ref.version: slot}), catalogue)
+
+    def _fail(self, wanted: Wanted, error: DisklessError, catalogue: Catalogue) -> list[str]:
+        """Record a failure. What served before goes on, but for a bare model that has lost a companion."""
+        ref, text = wanted.ref, str(error)
+        before = self._failures.get(ref)
+        count = before.count + 1 if before and before.content == wanted.content else 1
+        # What is wrong with a file stays wrong until it is replaced; what is wrong with the network does not.
+        pause = 0.0 if _is_passing(wanted, error) else pause_seconds(self._refresh_seconds, count)
+        self._failures[ref] = _Failure(wanted.content, text, count, time.monotonic() + pause)
+        if before is None or before.reason != text:
+            logger.warning("cannot be served", extra={"fields": {"model": str(ref), "reason": text}})
+        entry = self._registry.snapshot.entries.get(ref.name, Entry())
+        if wanted.bare and isinstance(error, CompanionFailed) and not _is_passing(wanted, error):
+            entry = (
+                Entry()
+            )  # the old pair is in this memory only: no restart could bring it back, so nobody may rely on it
+        slot = entry.slots.get(ref.version, Slot(ref, State.UNAVAILABLE, bare=wanted.bare))
+        state = State.UNAVAILABLE if slot.runner is None else State.READY  # an older content of the same version serves
+        slot = replace(slot, state=state, reason=text, hint=hint(error))
+        return self._replace(ref.name, replace(entry, slots={**entry.slots, ref.version: slot}), catalogue)
+
+    def _replace(self, name: str, entry: Entry, catalogue: Catalogue) -> list[str]:
+        """Put a name's entry in place: an alias serves what it should when that is there, else what it served before."""
+        targets = {alias: ref.version for ref, w in catalogue.wanted.items() if ref.name == name for alias in w.aliases}
+        serving: dict[str, str] = {}
+        for alias, version in targets.items():
+            for label in (version, entry.serving.get(alias)):
+                if label is not None and label in entry.slots and entry.slots[label].runner is not None:
+                    serving[alias] = label
+                    break
+        keep = {*targets.values(), *serving.values()}
+        slots = {label: slot for label, slot in entry.slots.items() if label in keep}
+        after, before = Entry(slots, serving, targets), self._registry.snapshot.entries.get(name)
+        return [] if after == before else self._swap(self._registry.snapshot.with_entry(name, after))
+
+    def _swap(self, snapshot: Snapshot) -> list[str]:
+        """Serve from `snapshot`, retire what it no longer holds, and return what that was."""
+        retired = []
+        for runner in self._registry.swap(snapshot):
+            retired.append(str(runner.model.ref))
+            self._begin(self._retire(runner))
+        return retired
+
+    async def _retire(self, runner: Runner) -> None:
+        ref = runner.model.ref
+        self.unloading.append(ref)
+        await runner.retire()
+        self.unloading.remove(ref)
+        del runner
+        logger.info("retired", extra={"fields": {"model": str(ref)}})
+        await self._loader.run(trim_heap)
+
+    def _begin[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the event loop itself keeps no task alive
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _slot(self, ref: ModelRef) -> Slot | None:
+        entry = self._registry.snapshot.entries.get(ref.name)
+        return entry.slots.get(ref.version) if entry else None
+
+
+def pause_seconds(refresh_seconds: float, failures: int) -> float:
+    """Return how long a version is left alone that has failed so often: ever longer, up to a quarter of an hour."""
+    return min(refresh_seconds * 2.0 ** min(failures, 20), MAX_FAILURE_PAUSE_SECONDS)
+
+
+def hint(error: DisklessError) -> str:
+    """Return what a caller may know of an error: not which bucket this is, nor what lies where on this machine."""
+    return (
+        "the storage cannot be read now; GET /models/status says more"
+        if isinstance(error, StorageError)
+        else str(error)
+    )
+
+
+def _is_passing(wanted: Wanted, error: DisklessError) -> bool:
+    """Whether trying again soon may help: the storage failed, or a bare model's file was replaced while it was read."""
+    replaced = isinstance(error, ArtifactMissing) or isinstance(error.__cause__, ArtifactMissing)
+    return isinstance(error, StorageError) or (wanted.bare and replaced)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks: their frames hold what was loaded before it failed, which may be all of a large model."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,164 @@
+"""The models this process serves. The refresher is the only writer; requests only read.
+
+A `Snapshot` is never edited: the refresher makes the next one and puts it in place by one assignment, so whoever reads
+sees all of the old or all of the new.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from app.errors import ModelNotFound, ModelNotReady
+from app.names import ModelRef
+from app.runner import Runner
+
+
+class State(enum.StrEnum):
+    """What a version is doing (Open Inference Protocol)."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    UNAVAILABLE = "UNAVAILABLE"
+    UNLOADING = "UNLOADING"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One version: its state, its runner where it is READY, and what is wrong where something is.
+
+    `reason` is for whoever runs the service; `hint` says the same to callers, without places and paths. `content` is
+    what the bucket wanted under this version when it was loaded, `seconds` is what each phase of that took.
+    """
+
+    ref: ModelRef
+    state: State
+    reason: str | None = None
+    hint: str | None = None
+    runner: Runner | None = None
+    bare: bool = False
+    content: str | None = None
+    parity: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name: its versions, which of them each alias serves, and which one each alias should serve."""
+
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    serving: Mapping[str, str] = field(default_factory=dict)
+    wanted: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that is served at one moment."""
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+
+    def slots(self) -> Iterator[Slot]:
+        """Yield every version of every name."""
+        for entry in self.entries.values():
+            yield from entry.slots.values()
+
+    def with_entry(self, name: str, entry: Entry | None) -> Snapshot:
+        """Return a snapshot in which `name` has this entry, or none."""
+        entries = {key: value for key, value in self.entries.items() if key != name}
+        if entry is not None:
+            entries[name] = entry
+        return replace(self, entries=dict(sorted(entries.items())))
+
+
+class Registry:
+    """Published runners by name, and by version or alias."""
+
+    def __init__(self, aliases: tuple[str, ...] = ("production",), required: tuple[str, ...] = ()) -> None:
+        self._snapshot = Snapshot()
+        self._aliases = aliases
+        self._required = required
+        self._found_at_start: frozenset[str] | None = None
+        self._unread = "the bucket has not been read yet"
+        self.draining = False
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is served now."""
+        return self._snapshot
+
+    def swap(self, snapshot: Snapshot) -> list[Runner]:
+        """Serve from `snapshot`; return the runners that it no longer holds."""
+        kept = {slot.runner for slot in snapshot.slots()}
+        retired = [slot.runner for slot in self._snapshot.slots() if slot.runner and slot.runner not in kept]
+        self._snapshot = snapshot
+        return retired
+
+    def get(self, name: str | None = None, *, version: str | None = None, alias: str | None = None) -> Runner:
+        """Return the runner that answers for this name (the only one where none is given), version or alias.
+
+        Raises `ModelNotFound`, naming what is served; `ModelNotReady` for what is known but cannot answer now.
+        """
+        entries = self._snapshot.entries
+        if name is None:
+            if len(entries) != 1:
+                if not entries:
+                    raise ModelNotReady("no model is loaded yet")
+                raise ModelNotFound(f"several models are served, so the request must name one: {', '.join(entries)}")
+            (name,) = entries
+        entry = entries.get(name)
+        if entry is None:
+            if not entries and self._found_at_start is None:
+                raise ModelNotReady("no model is loaded yet: the service is starting")
+            raise ModelNotFound(f"model {name!r} is not served; served are: {', '.join(entries) or 'none'}")
+        alias = alias or (None if version else self._aliases[0])
+        label = version or entry.serving.get(alias or "") or entry.wanted.get(alias or "")
+        slot = entry.slots.get(label or "")
+        if slot is None:
+            if version is None and alias == self._aliases[0] and entry.slots:
+                raise ModelNotReady(f"{name} has no version under alias {alias!r} yet")
+            asked = f"version {version!r}" if version else f"alias {alias!r}"
+            names = ", ".join([*entry.slots, *entry.serving])
+            raise ModelNotFound(f"{name} has no {asked} loaded; loaded are: {names or 'none'}")
+        if slot.runner is None:
+            raise ModelNotReady(f"{slot.ref} is {slot.state}: {slot.hint or 'try again shortly'}")
+        return slot.runner
+
+    def settle(self) -> None:
+        """Remember which names the first complete look found: those are required where no setting says which."""
+        if self._found_at_start is None:
+            self._found_at_start = frozenset(self._snapshot.entries)
+
+    def unreadable(self, hint: str) -> None:
+        """Remember why the bucket could not be looked at: until one look has worked, it is why the service is not ready."""
+        self._unread = hint
+
+    def not_ready(self) -> str | None:
+        """Return why the service is not ready, or None when it is.
+
+        Every required model must answer under its default alias: those that a setting names, or else those that the
+        first complete look found, as long as the bucket has them. A model that came later never lowers readiness.
+        """
+        if self.draining:
+            return "the service is stopping"
+        entries = self._snapshot.entries
+        if self._found_at_start is None and not self._required:
+            return "the models are being loaded" if entries else self._unread
+        required = self._required or tuple(name for name in sorted(self._found_at_start or ()) if name in entries)
+        if required:
+            return next(filter(None, map(self._not_serving, required)), None)
+        if any(entry.serving for entry in entries.values()):
+            return None
+        return next(filter(None, map(self._not_serving, entries)), "the bucket has no model to serve")
+
+    def _not_serving(self, name: str) -> str | None:
+        """Return why `name` does not answer under the default alias (or under the one it has), or None when it does."""
+        entry, alias = self._snapshot.entries.get(name), self._aliases[0]
+        if entry is None:
+            return self._unread if self._found_at_start is None else f"{name} is required, but not in the bucket"
+        if alias in entry.serving or (alias not in entry.wanted and entry.serving):
+            return None
+        for slot in entry.slots.values():
+            if slot.runner is None:
+                return f"{slot.ref} is {slot.state}" + (f": {slot.hint}" if slot.hint else "")
+        return f"{name} has no version under alias {alias!r}"

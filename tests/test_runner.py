@@ -1,0 +1,236 @@
+"""The queue in front of a model: batches, deadlines, one caller's fault, and how it ends."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app import inspection
+from app.errors import InvalidInput, Overloaded, PredictionFailed, PredictionTimeout
+from app.model import Model
+from app.names import ModelRef
+from app.runner import Runner
+from tests import estimators
+from tests.repository import ROWS, linear
+
+
+def made(estimator, **limits) -> Runner:
+    return Runner(Model(ModelRef("sum", "1"), inspection.infer((), estimator), estimator), **limits)
+
+
+def rows_of(runner, values):
+    return runner.model.signature.validate(np.asarray(values).tolist())
+
+
+async def ask(runner, values):
+    return (await runner.predict(rows_of(runner, values), "predict")).tolist()
+
+
+@pytest.fixture
+def gate():
+    """Closed until the test opens it: what a `Gated` model computes takes exactly so long."""
+    estimators.GATE.clear()
+    while estimators.STARTED.acquire(blocking=False):
+        pass
+    yield estimators.GATE
+    estimators.GATE.set()
+
+
+async def started():
+    assert await asyncio.to_thread(estimators.STARTED.acquire, timeout=60)
+
+
+async def settled():
+    """Let everything that can run without the model's thread run."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_an_idle_runner_computes_at_once_and_what_waits_meanwhile_becomes_one_batch(gate):
+    runner = made(estimators.Gated())
+    first = asyncio.create_task(ask(runner, [[1, 1, 1]]))
+    await started()
+    others = [asyncio.create_task(ask(runner, [[value, 0, 0], [value, 1, 0]])) for value in range(20)]
+    await settled()
+    gate.set()
+
+    assert await first == [3]
+    assert await asyncio.gather(*others) == [[value, value + 1] for value in range(20)]
+    assert runner.counters.batches == 2
+    assert (runner.counters.requests, runner.counters.rows, runner.counters.errors) == (21, 41, 0)
+    await runner.retire()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=12), st.integers(1, 10))
+def test_every_caller_gets_the_answers_to_its_own_rows_however_they_are_batched(sizes, max_batch_rows):
+    async def run():
+        runner = made(linear(0), max_batch_rows=max_batch_rows)
+        parts = [ROWS[position : position + size] for position, size in enumerate(sizes)]
+        answers = await asyncio.gather(*(runner.predict(rows_of(runner, part), "predict") for part in parts))
+        await runner.retire()
+        return list(zip(parts, answers, strict=True))
+
+    for part, answer in asyncio.run(run()):
+        np.testing.assert_allclose(answer, linear(0).predict(part), rtol=1e-12)
+
+
+async def test_no_batch_has_more_rows_than_allowed_unless_one_request_has(gate):
+    runner = made(estimators.Gated(), max_batch_rows=4)
+    first = asyncio.create_task(ask(runner, [[0, 0, 0]]))
+    await started()
+    others = [asyncio.create_task(ask(runner, [[1, 1, 1]] * size)) for size in (3, 2, 1, 9)]
+    await settled()
+    gate.set()
+    await asyncio.gather(first, *others)
+
+    assert runner.counters.batches == 1 + 3  # 3 and 1 rows fit together; 2; 9 alone
+    await runner.retire()
+
+
+async def test_rows_of_different_dtypes_and_methods_are_not_joined(gate):
+    estimator = estimators.Gated()
+    estimator.feature_names_in_ = np.array(["a", "b", "c"])
+    examples = pd.DataFrame({"a": [1, 2], "b": ["x", "y"], "c": [0.5, 1.5]})
+    signature = inspection.infer((), estimator, examples)
+    runner = Runner(Model(ModelRef("sum", "1"), signature, estimator))
+    whole = signature.validate([{"a": 1, "b": "1", "c": 3}])
+    missing = signature.validate([{"a": None, "b": "1", "c": 3}])
+    first = asyncio.create_task(runner.predict(whole, "predict"))
+    await started()
+    jobs = [(whole, "predict"), (missing, "predict"), (whole, "transform"), (whole, "predict")]
+    others = [asyncio.create_task(runner.predict(*job)) for job in jobs]
+    await settled()
+    gate.set()
+    await asyncio.gather(first, *others)
+
+    assert whole.kinds != missing.kinds
+    assert runner.counters.batches == 1 + 3
+    await runner.retire()
+
+
+async def test_one_bad_row_in_a_shared_batch_fails_its_caller_only():
+    runner = made(estimators.Picky())
+    answers = await asyncio.gather(
+        *(ask(runner, [[value, 0, 0]]) for value in (1, -1, 2, -2, 3)), return_exceptions=True
+    )
+
+    assert [answers[position] for position in (0, 2, 4)] == [[1], [2], [3]]
+    for position in (1, 3):
+        assert isinstance(answers[position], PredictionFailed)
+        assert "secret" not in str(answers[position])
+    assert (runner.counters.requests, runner.counters.errors) == (5, 2)
+    await runner.retire()
+
+
+async def test_an_input_that_the_estimator_refuses_is_the_callers_error():
+    runner = made(estimators.Refusing())
+    good, bad = await asyncio.gather(ask(runner, [[1, 1, 1]]), ask(runner, [[-1, 1, 1]]), return_exceptions=True)
+
+    assert good == [3]
+    assert isinstance(bad, InvalidInput)
+    assert "unknown categories" in str(bad)
+    await runner.retire()
+
+
+async def test_a_cancelled_caller_is_not_computed_and_takes_no_place(gate):
+    runner = made(estimators.Gated(), max_queue=2)
+    first = asyncio.create_task(ask(runner, [[0, 0, 0]]))
+    await started()
+    gone = [asyncio.create_task(ask(runner, [[5, 5, 5]])) for _ in range(2)]
+    await settled()
+    for task in gone:
+        task.cancel()
+    await asyncio.gather(*gone, return_exceptions=True)
+    last = asyncio.create_task(ask(runner, [[1, 1, 1]]))  # there is room again
+    await settled()
+    gate.set()
+
+    assert await first == [0]
+    assert await last == [3]
+    assert runner.counters.rows == 2
+    await runner.retire()
+
+
+async def test_a_full_queue_refuses_and_says_what_the_limit_is(gate):
+    runner = made(estimators.Gated(), max_queue=2)
+    waiting = [asyncio.create_task(ask(runner, [[0, 0, 0]]))]
+    await started()
+    waiting += [asyncio.create_task(ask(runner, [[1, 0, 0]])) for _ in range(2)]
+    await settled()
+    with pytest.raises(Overloaded, match="2 requests waiting"):
+        await ask(runner, [[1, 0, 0]])
+    gate.set()
+
+    assert await asyncio.gather(*waiting) == [[0], [1], [1]]
+    await runner.retire()
+
+
+async def test_past_its_deadline_a_caller_is_told_and_the_next_ones_are_answered(gate):
+    runner = made(estimators.Gated(), timeout_seconds=0.05)
+    late = [asyncio.create_task(ask(runner, [[0, 0, 0]])) for _ in range(3)]
+    answers = await asyncio.gather(*late, return_exceptions=True)
+    gate.set()
+    await runner.retire()  # what was still being computed
+
+    assert all(isinstance(answer, PredictionTimeout) for answer in answers)
+    assert runner.counters.errors == 3
+
+    runner = made(linear(1))
+    assert await ask(runner, [[1, 1, 1]]) == pytest.approx([4])
+    await runner.retire()
+
+
+async def test_a_model_that_would_end_the_process_fails_one_request():
+    runner = made(estimators.Leaves())
+    with pytest.raises(PredictionFailed):
+        await ask(runner, [[1, 1, 1]])
+    with pytest.raises(PredictionFailed):
+        await ask(runner, [[1, 1, 1]])
+    await runner.retire()
+
+
+async def test_retiring_answers_what_is_queued_and_lets_the_thread_go(gate):
+    runner = made(estimators.Gated())
+    tasks = [asyncio.create_task(ask(runner, [[1, 0, 0]]))]
+    await started()
+    tasks += [asyncio.create_task(ask(runner, [[value, 0, 0]])) for value in range(3)]
+    await settled()
+    retiring = asyncio.create_task(runner.retire())
+    await settled()
+    assert not retiring.done()
+    gate.set()
+    await retiring
+
+    assert await asyncio.gather(*tasks) == [[1], [0], [1], [2]]
+    await no_thread("predict sum")
+
+
+async def test_who_asks_a_retired_runner_is_answered_and_its_thread_goes_again():
+    runner = made(linear(2))
+    await runner.retire()
+
+    assert await ask(runner, [[1, 1, 1]]) == pytest.approx([5])
+    await no_thread("predict sum")
+
+
+async def no_thread(name):
+    async with asyncio.timeout(30):
+        while any(thread.name == name for thread in threading.enumerate()):
+            await asyncio.sleep(0.005)
+
+
+async def test_quantiles_come_from_the_answers_only():
+    runner = made(linear(0))
+    assert runner.counters.quantiles() is None
+    await ask(runner, [[1, 1, 1]])
+
+    quantiles = runner.counters.quantiles()
+    assert quantiles is not None
+    assert set(quantiles) == {"p50", "p90", "p99"}
+    assert 0 < quantiles["p50"] <= quantiles["p90"] <= quantiles["p99"]
+    await runner.retire()

@@ -1,0 +1,358 @@
+"""The one door: what is let in, what is not, and what a caller is told."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app.errors import InvalidInput, RequestError, RequestTooLarge
+from app.signature import MAX_VIOLATIONS, Rows, Signature, TensorSpec
+
+
+def column(name: str, datatype: Any = "FP64", dtype: str = "float64", **more: Any) -> TensorSpec:
+    return TensorSpec(name=name, datatype=datatype, dtype=dtype, **more)
+
+
+def signature(*inputs: TensorSpec, layout: Any = "frame", **more: Any) -> Signature:
+    return Signature(layout=layout, inputs=inputs, methods=("predict",), **more)
+
+
+NUMERIC = signature(column("age", nullable=False), column("income"))
+FLOAT32 = signature(column("a", dtype="float32"), column("b", dtype="float32"), layout="matrix")
+MIXED = signature(
+    column("age", "INT64", "int8"),
+    column("income"),
+    column("plan", "BYTES", "str"),
+    column("active", "BOOL", "bool", nullable=False),
+    column("since", "BYTES", "datetime64[us]"),
+    column("größe (m)", assumed=True),
+)
+ANY_WIDTH = signature(layout="matrix")
+TEXT = signature(column("text", "BYTES", "object", nullable=False), layout="text")
+RECORDS = signature(column("records", "BYTES", "object", nullable=False), layout="records")
+ALL = [NUMERIC, FLOAT32, MIXED, ANY_WIDTH, TEXT, RECORDS]
+GOOD = {"age": 41, "income": 2.5, "plan": "pro", "active": True, "since": "2024-02-29T12:00:00", "größe (m)": 1.8}
+
+
+def violations(sign: Signature, instances: Any) -> list[tuple[str, str, str]]:
+    with pytest.raises(InvalidInput) as caught:
+        sign.validate(instances)
+    assert caught.value.violations[0].path in str(caught.value)
+    return [(it.path, it.expected, it.got) for it in caught.value.violations]
+
+
+def test_rows_come_as_objects_in_any_order_or_as_arrays():
+    backwards = dict(reversed(GOOD.items()))
+    frames = [MIXED.validate([row]).frame() for row in (GOOD, backwards, [*GOOD.values()])]
+
+    assert frames[0].iloc[0].to_dict() == {**GOOD, "since": pd.Timestamp(GOOD["since"])}
+    assert frames[0].equals(frames[1])
+    assert frames[0].equals(frames[2])
+
+
+def test_numbers_become_one_array_without_a_loop_over_columns():
+    rows = NUMERIC.validate([{"income": 3, "age": 2}, {"age": 1.5, "income": None}])
+
+    assert rows.matrix is not None
+    assert np.array_equal(rows.matrix, [[2.0, 3.0], [1.5, math.nan]], equal_nan=True)
+
+
+def test_a_frame_has_the_dtypes_of_training():
+    dtypes = {
+        "object": "BYTES", "str": "BYTES", "string": "BYTES", "bool": "BOOL", "boolean": "BOOL", "int8": "INT64",
+        "Int64": "INT64", "UInt8": "INT64", "int64[pyarrow]": "INT64", "Float32": "FP64", "float16": "FP64",
+        "double[pyarrow]": "FP64", "datetime64[s]": "BYTES", "datetime64[ns]": "BYTES",
+        "datetime64[us, Europe/Berlin]": "BYTES", "datetime64[us, UTC+02:00]": "BYTES",
+    }  # fmt: skip
+    values = {"BYTES": "x", "BOOL": True, "INT64": 3, "FP64": 0.5}
+    row = {dtype: "2024-01-01" if dtype.startswith("datetime") else values[kind] for dtype, kind in dtypes.items()}
+
+    frame = signature(*(column(dtype, kind, dtype) for dtype, kind in dtypes.items())).validate([row, row]).frame()
+
+    assert [str(dtype) for dtype in frame.dtypes] == list(dtypes)
+
+
+def test_null_is_what_training_would_have_had():
+    dtypes = {"int8": "INT64", "Int64": "INT64", "bool": "BOOL", "boolean": "BOOL", "str": "BYTES", "object": "BYTES"}
+    sign = signature(*(column(dtype, kind, dtype) for dtype, kind in dtypes.items()))
+    values: list[Any] = [3, 2**53 + 1, True, False, "x", "x"]
+
+    frame = sign.validate([values, [None] * 6]).frame()
+
+    assert [str(dtype) for dtype in frame.dtypes] == ["float64", "Int64", "object", "boolean", "str", "object"]
+    assert frame["Int64"][0] == 2**53 + 1
+    assert math.isnan(frame["object"][1])
+    assert frame.iloc[1].isna().all()
+
+
+def test_null_in_a_column_that_was_trained_with_none_is_none():
+    rows = signature(column("a", "BYTES", "object", missing="none")).validate([[None], ["x"]])
+
+    assert rows.frame()["a"].tolist() == [None, "x"]
+
+
+def test_integers_of_an_array_stay_integers_unless_one_is_missing():
+    sign = signature(column("a", "INT64", "int64"), column("b", "INT64", "int64"), layout="matrix")
+
+    assert sign.validate([[1, 2]]).array().dtype == np.int64
+    assert sign.validate([[1, None]]).array().dtype == np.float64
+
+
+def test_a_categorical_column_keeps_the_categories_of_training_and_adds_what_it_never_saw():
+    sign = signature(column("c", "BYTES", "category", categories=("low", "high"), ordered=True))
+
+    series = sign.validate([["high"], [None], ["new"]]).frame()["c"]
+
+    assert series.cat.categories.tolist() == ["low", "high", "new"]
+    assert series.cat.codes.tolist() == [1, -1, 2]
+    assert series.cat.ordered
+
+
+def test_times_keep_their_nanoseconds():
+    sign = signature(column("t", "BYTES", "datetime64[ns]"))
+
+    assert sign.validate([["2024-01-01T00:00:00.123456789"]]).frame()["t"][0].nanosecond == 789
+
+
+def test_times_with_an_offset_become_the_zone_of_training():
+    sign = signature(column("t", "BYTES", "datetime64[ns, Europe/Berlin]"))
+
+    frame = sign.validate([["2024-07-01T10:00:00Z"], ["2024-07-01T10:00:00"], [None]]).frame()
+
+    assert [moment.hour for moment in frame["t"][:2]] == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("changed", "path", "expected", "got"),
+    [
+        ({"age": "old"}, "instances[1].age", "INT64 from -128 to 127 or null", '"old"'),
+        ({"age": 128}, "instances[1].age", "INT64 from -128 to 127 or null", "128"),
+        ({"age": 1.5}, "instances[1].age", "INT64 from -128 to 127 or null", "1.5"),
+        ({"age": True}, "instances[1].age", "INT64 from -128 to 127 or null", "true"),
+        ({"income": "1"}, "instances[1].income", "FP64 or null", '"1"'),
+        ({"income": False}, "instances[1].income", "FP64 or null", "false"),
+        ({"income": [1]}, "instances[1].income", "FP64 or null", "[1]"),
+        ({"income": {"a": {}}}, "instances[1].income", "FP64 or null", "an object of 1 elements"),
+        ({"income": [0] * 100}, "instances[1].income", "FP64 or null", "a list of 100 elements"),
+        ({"income": math.inf}, "instances[1].income", "FP64 or null", "Infinity"),
+        ({"income": 10**400}, "instances[1].income", "FP64 or null", "1" + "0" * 58 + "…"),
+        ({"income": 10**9999}, "instances[1].income", "FP64 or null", "a very long int"),
+        ({"plan": 3}, "instances[1].plan", "BYTES or null", "3"),
+        ({"plan": ["x" * 99]}, "instances[1].plan", "BYTES or null", '["' + "x" * 57 + "…"),
+        ({"active": 1}, "instances[1].active", "BOOL", "1"),
+        ({"active": None}, "instances[1].active", "BOOL", "null"),
+        ({"since": "yesterday"}, "instances[1].since", "BYTES (an ISO 8601 date-time) or null", '"yesterday"'),
+        ({"since": 0}, "instances[1].since", "BYTES (an ISO 8601 date-time) or null", "0"),
+        (
+            {"since": "2024-01-01T00:00:00+01:00"},
+            "instances[1].since",
+            "BYTES (an ISO 8601 date-time without offset, as in training)",
+            '"2024-01-01T00:00:00+01:00"',
+        ),
+        ({"größe (m)": "tall"}, 'instances[1]["größe (m)"]', "FP64 or null", '"tall"'),
+        ({"colour": 1}, "instances[1].colour", "a known column", "an unknown column"),
+    ],
+)
+def test_each_violation_has_its_path(changed, path, expected, got):
+    assert violations(MIXED, [GOOD, {**GOOD, **changed}]) == [(path, expected, got)]
+
+
+def test_a_row_as_an_array_is_pointed_at_by_position():
+    assert violations(MIXED, [[*GOOD.values()], ["old", *list(GOOD.values())[1:]]])[0][0] == "instances[1][0]"
+
+
+def test_a_missing_column_and_the_misspelt_one_in_its_place_are_both_named():
+    row = {key if key != "income" else "incom": value for key, value in GOOD.items()}
+
+    assert violations(MIXED, [row]) == [
+        ("instances[0].income", "FP64 or null", "nothing: the column is missing"),
+        ("instances[0].incom", "a known column", "an unknown column; did you mean 'income'?"),
+    ]
+
+
+def test_extra_columns_are_let_in_only_where_the_signature_says_so():
+    relaxed = signature(*MIXED.inputs, extra_columns="ignore")
+    known = signature(*MIXED.inputs, ignored=("colour",))
+
+    assert relaxed.validate([{**GOOD, "colour": 1}]).count == 1
+    assert known.validate([{**GOOD, "colour": 1}, GOOD]).count == 2
+    assert violations(known, [{**GOOD, "color": 1}])[0][0] == "instances[0].color"
+
+
+def test_twenty_violations_are_listed_at_most():
+    found = violations(MIXED, [{str(number): number for number in range(1000)}] * 50)
+
+    assert len(found) == MAX_VIOLATIONS
+
+
+def test_the_sentence_counts_the_violations():
+    with pytest.raises(InvalidInput, match=r"^instances\[0\].age: expected FP64, got null, and 1 more violation$"):
+        NUMERIC.validate([{"age": None, "income": "x"}])
+
+
+@pytest.mark.parametrize("instances", [None, 3, "text", {}, {"age": 1}, True])
+def test_what_is_no_list_of_rows_is_refused(instances):
+    assert violations(MIXED, instances)[0][:2] == ("instances", "a list of rows")
+
+
+@pytest.mark.parametrize("sign", ALL)
+def test_no_rows_are_refused(sign):
+    assert violations(sign, []) == [("instances", "at least one row", "[]")]
+
+
+@pytest.mark.parametrize(
+    ("sign", "row", "expected"),
+    [
+        (NUMERIC, "text", "a list of 2 values"),
+        (NUMERIC, None, "a list of 2 values"),
+        (NUMERIC, [], "2 values"),
+        (NUMERIC, [1, 2, 3], "2 values"),
+        (NUMERIC, [[1, 2]], "2 values"),
+        (ANY_WIDTH, [], "a list of numbers"),
+        (ANY_WIDTH, {}, "a list of numbers"),
+        (ANY_WIDTH, 3, "a list of numbers"),
+        (TEXT, 3, "a string"),
+        (TEXT, ["a", "b"], "a string"),
+        (TEXT, None, "a string"),
+        (RECORDS, "a", "an object"),
+        (RECORDS, [1], "an object"),
+    ],
+)
+def test_a_row_of_the_wrong_kind_is_refused(sign, row, expected):
+    assert violations(sign, [row])[0][:2] == ("instances[0]", expected)
+
+
+def test_rows_of_mixed_kinds_are_each_read_as_what_they_are():
+    assert MIXED.validate([GOOD, [*GOOD.values()]]).count == 2
+    assert violations(MIXED, [GOOD, "text", 3])[0] == ("instances[1]", "an object", '"text"')
+
+
+def test_a_text_may_come_as_a_row_of_one_column():
+    assert TEXT.validate(["a", ["b"], {"text": "c"}]).items() == ["a", "b", "c"]
+
+
+def test_records_hold_what_a_dict_vectorizer_takes():
+    record = {"city": "Köln", "rooms": 3, "price": 0.5, "new": True, "tags": ["a", "b"], "floor": None}
+
+    assert RECORDS.validate([record]).items() == [record]
+    assert violations(RECORDS, [{"city": [1], "x": {}}])[0][0] == "instances[0].city"
+
+
+def test_floats_beyond_32_bits_are_refused_where_training_had_32():
+    assert violations(FLOAT32, [[1.0, 1e39], [-1e300, None]]) == [
+        ("instances[1][0]", "FP64 or null", "-1e+300"),
+        ("instances[0][1]", "FP64 or null", "1e+39"),
+    ]
+
+
+@pytest.mark.parametrize("value", ["1677-01-01", "2262-06-01", "0001-01-01"])
+def test_times_outside_of_nanoseconds_are_refused_only_where_training_had_those(value):
+    assert violations(signature(column("t", "BYTES", "datetime64[ns]")), [[value]])
+    assert signature(column("t", "BYTES", "datetime64[us]")).validate([[value]]).frame()["t"][0].year < 3000
+
+
+def test_a_time_that_its_offset_moves_out_of_the_calendar_is_refused():
+    sign = signature(column("t", "BYTES", "datetime64[us, UTC]"))
+
+    assert violations(sign, [["9999-12-31T23:59:59-05:00"], ["0001-01-01T00:00:00+05:00"]])
+
+
+def test_a_number_of_an_unknown_column_may_be_true_or_false():
+    assert MIXED.validate([{**GOOD, "größe (m)": True}]).frame()["größe (m)"][0] == 1.0
+
+
+def test_too_many_rows_are_too_large():
+    with pytest.raises(RequestTooLarge, match="expected at most 2 rows in one request, got 3"):
+        NUMERIC.validate([[1, 2]] * 3, max_rows=2)
+
+
+def test_rows_of_other_kinds_are_kept_apart():
+    whole, gap, wider = (
+        ANY_WIDTH.validate([[1.0]]),
+        MIXED.validate([{**GOOD, "age": None}]),
+        ANY_WIDTH.validate([[1, 2]]),
+    )
+
+    assert whole.kinds != wider.kinds
+    assert gap.kinds != MIXED.validate([GOOD]).kinds
+
+
+def test_rows_of_one_kind_are_put_behind_each_other():
+    first, second = MIXED.validate([GOOD]), MIXED.validate([{**GOOD, "age": 7}, GOOD])
+
+    assert Rows.concatenate([first, second]).frame()["age"].tolist() == [41, 7, 41]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just(10**400)
+    | st.sampled_from(["2024-01-01", "9999-12-31T23:59:59-05:00", "24:00", "2024-W01-1"]),
+    lambda inner: st.lists(inner, max_size=7)
+    | st.dictionaries(st.sampled_from([*GOOD, "text", ""]) | st.text(max_size=3), inner, max_size=7),
+    max_leaves=40,
+)  # fmt: skip
+rows_like = st.lists(
+    st.fixed_dictionaries({name: json_values for name in GOOD})
+    | st.lists(json_values, min_size=6, max_size=6)
+    | json_values,
+    max_size=4,
+)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(rows_like | json_values)
+def test_no_json_raises_anything_but_a_request_error(instances):
+    for sign in ALL:
+        try:
+            rows = sign.validate(instances)
+        except RequestError as error:
+            found = error.violations
+        else:
+            found = ()
+            assert rows.count == len(instances)
+            if sign.layout == "frame":
+                assert len(rows.frame()) == rows.count
+        assert len(found) <= MAX_VIOLATIONS
+        assert all(len(it.got) <= 300 and len(it.path) <= 100 for it in found)
+
+
+@pytest.mark.parametrize("sign", ALL)
+def test_deep_nesting_is_only_a_wrong_value(sign):
+    deep: Any = 1
+    for _ in range(100_000):
+        deep = [deep]
+
+    assert violations(sign, [deep])
+    assert violations(sign, [[deep] * 6])
+
+
+@pytest.mark.parametrize(
+    "row", [GOOD, {**GOOD, "age": "x"}, {str(n): n for n in range(40)}, [*GOOD.values()], "text", [[[]]]]
+)
+def test_the_work_grows_no_faster_than_the_rows(row):
+    """Counted in calls, not in seconds: ten times the rows may cost ten times the calls, and little more."""
+
+    def calls(count: int) -> int:
+        import sys
+
+        number = 0
+
+        def count_one(*_: object) -> None:
+            nonlocal number
+            number += 1
+
+        sys.setprofile(count_one)
+        try:
+            MIXED.validate([row] * count)
+        except InvalidInput:
+            pass
+        finally:
+            sys.setprofile(None)
+        return number
+
+    assert calls(2000) <= 10 * calls(200) + 1000

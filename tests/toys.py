@@ -1,0 +1,54 @@
+"""Small models for the tests of the wire and of stopping. The service under test can import this module."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+GATE = threading.Event()  # open: `Waits` answers
+BEGUN = threading.Semaphore(0)  # released whenever `Waits` begins to compute
+
+
+class Sum:
+    """Three numbers in, their sum out."""
+
+    n_features_in_ = 3
+
+    def predict(self, rows: Any) -> Any:
+        return np.asarray(rows, dtype=float).sum(axis=1)
+
+
+class Root(Sum):
+    """Not a number where the sum is negative, infinite where it is zero."""
+
+    def predict(self, rows: Any) -> Any:
+        total = super().predict(rows)
+        with np.errstate(all="ignore"):
+            return np.where(total == 0, np.inf, np.sqrt(total))
+
+
+class Fails(Sum):
+    """Raises, with something in its message that is nobody's business."""
+
+    def predict(self, rows: Any) -> Any:
+        raise ZeroDivisionError("a secret of the model, in /srv/models")
+
+
+class Naps(Sum):
+    """Takes as many seconds as the first number says."""
+
+    def predict(self, rows: Any) -> Any:
+        time.sleep(float(np.asarray(rows)[:, 0].max()))
+        return super().predict(rows)
+
+
+class Waits(Sum):
+    """Answers once the gate is open."""
+
+    def predict(self, rows: Any) -> Any:
+        BEGUN.release()
+        assert GATE.wait(60)
+        return super().predict(rows)
