@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "transform", "score_samples")
+BY_CLASS = ("predict_proba", "predict_log_proba", "decision_function")
 TARGET_ENCODERS = ("LabelEncoder", "LabelBinarizer")
 
 # Where an estimator that hands its input on as it comes keeps the fitted ones that it hands it to.
@@ -74,9 +75,20 @@ def infer(
         outputs=(),
         methods=methods,
         classes=_classes(model, target),
+        by_class=tuple(method for method in methods if method in BY_CLASS and not _is_by_pair(model, method)),
         extra_columns="ignore" if extra_columns_ignored else "forbid",
         ignored=ignored,
     )
+
+
+def _is_by_pair(model: Any, method: str) -> bool:
+    """Whether the columns are pairs of classes: a one-against-one decision, which looks the same with three classes."""
+    if method != "decision_function":
+        return False
+    last = _steps(model)[-1]
+    if getattr(last, "decision_function_shape", None) == "ovo":
+        return True
+    return any(_is_by_pair(inner, method) for inner in (_delegates(last) or ()) if inner is not last)
 
 
 def prepare(companions: Sequence[Any], model: Any, examples: Any) -> Any:

@@ -21,7 +21,7 @@ from app.errors import GoldenMismatch, PublishError, RequestError, UnusableExamp
 from app.manifest import Artifact, Golden, Manifest
 from app.model import Model, compare, parts_of, wire
 from app.names import COMPANION_ROLES, SUFFIXES, ModelRef
-from app.signature import Signature
+from app.signature import Datatype, Signature, TensorSpec
 
 GOLDEN_ROWS = 100
 GOLDEN_BYTES = 256 * 1024
@@ -130,6 +130,9 @@ def draft(parts: Mapping[str, DraftPart], examples: Any = None, *, extra_columns
     signature = inspection.infer(companions, estimator, examples, extra_columns_ignored=extra_columns_ignored)
     model = Model(ModelRef("draft", "0"), signature, estimator, companions)
     golden = _golden(model, examples[:GOLDEN_ROWS]) if examples is not None else None
+    if golden is not None:
+        outputs = tuple(_output_spec(method, output) for method, output in golden.outputs.items())
+        signature = signature.model_copy(update={"outputs": outputs})
     return Draft(ordered, signature, golden, _versions(loaded))
 
 
@@ -178,6 +181,24 @@ def _golden_output(model: Model, method: str, instances: list[Any], examples: An
             "do they have the dtypes that the model was trained with?"
         ) from error
     return output
+
+
+def _output_spec(method: str, output: list[Any]) -> TensorSpec:
+    """Tell a method's datatype and shape from its answers to the golden rows; -1 where rows differ, or may."""
+    shape, values = [-1], output
+    while values and all(isinstance(value, list) for value in values):
+        widths = {len(value) for value in values}
+        shape.append(widths.pop() if len(widths) == 1 else -1)
+        values = [item for value in values for item in value]
+    kinds = {type(value) for value in values if value is not None}
+    datatypes: dict[frozenset[type], tuple[Datatype, str]] = {
+        frozenset({bool}): ("BOOL", "bool"),
+        frozenset({int}): ("INT64", "int64"),
+        frozenset({str}): ("BYTES", "object"),
+    }
+    datatype, dtype = datatypes.get(frozenset(kinds), ("FP64", "float64"))
+    nullable = any(value is None for value in values)
+    return TensorSpec(name=method, datatype=datatype, shape=tuple(shape), dtype=dtype, nullable=nullable)
 
 
 def _versions(loaded: list[loaders.Loaded]) -> dict[str, str]:

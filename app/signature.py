@@ -165,7 +165,8 @@ class Signature(BaseModel):
 
     `layout` says what the estimator is handed: `matrix` an array of shape (n, inputs), `frame` a DataFrame, `text` a list
     of n strings, `records` a list of n dictionaries. With layout `matrix` and no `inputs`, any width is taken.
-    `ignored` are columns that training data had and the model never reads. `classes` is a list, or one per output.
+    `ignored` are columns that training data had and the model never reads. `classes` is a list, or one per output;
+    `by_class` are the methods with a column for each class.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -175,6 +176,7 @@ class Signature(BaseModel):
     outputs: tuple[TensorSpec, ...] = ()
     methods: tuple[str, ...]
     classes: list[Any] | None = None
+    by_class: tuple[str, ...] = ("predict_proba", "predict_log_proba", "decision_function")
     extra_columns: Literal["forbid", "ignore"] = "forbid"
     ignored: tuple[str, ...] = ()
 

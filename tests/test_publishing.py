@@ -327,3 +327,16 @@ def test_a_file_of_joblib_and_its_bytes_are_the_same_draft(tmp_path: Path):
     joblib.dump(estimator, tmp_path / "m.joblib")
 
     assert part_from_file("model", tmp_path / "m.joblib") == part_from_object("model", estimator)
+
+
+def test_the_signature_says_what_each_method_gives():
+    numbers = draft(LinearRegression().fit(X, np.column_stack([REAL, REAL])), X)
+    words = draft(LogisticRegression().fit(X, WORDS), X)
+
+    assert [(spec.name, spec.datatype, spec.shape) for spec in numbers.signature.outputs] == [
+        ("predict", "FP64", (-1, 2))
+    ]
+    by_method = {spec.name: (spec.datatype, spec.shape) for spec in words.signature.outputs}
+    classes = len(set(WORDS))
+    assert by_method["predict"] == ("BYTES", (-1,))
+    assert by_method["predict_proba"] == ("FP64", (-1, classes))

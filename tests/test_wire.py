@@ -18,6 +18,7 @@ from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 
 from app import errors
@@ -52,6 +53,10 @@ def two_words() -> Any:
     return DecisionTreeClassifier(random_state=0).fit(POINTS, words)
 
 
+def three_classes() -> Any:
+    return SVC(decision_function_shape="ovo").fit(np.tile(POINTS, (3, 1)), list("abcabcab") * 3)
+
+
 def publish(folder: Path, **models: tuple[Any, Any]) -> None:
     """Publish models, each with its examples, to a folder that stands for the bucket."""
     manager = ModelStorageManager(LocalStorage(folder))
@@ -68,6 +73,7 @@ def folder(tmp_path_factory) -> Path:
         churn=(churn(), FRAME.head(4)),
         numbers=(two_numbers(), POINTS),
         words=(two_words(), POINTS),
+        pairs=(three_classes(), POINTS),
         sum=(toys.Sum(), POINTS),
         root=(toys.Root(), None),
         fails=(toys.Fails(), None),
@@ -170,6 +176,7 @@ def test_predictions_of_every_shape(send, name, method, instances, expected):
         ("churn", "decision_function", None),  # one number for the two of them
         ("words", "predict_proba", [["high", "low"], ["left", "right"]]),
         ("numbers", "predict", None),
+        ("pairs", "decision_function", None),  # as many pairs as classes, but pairs
     ],
 )
 def test_classes_come_with_a_number_for_each_of_them(send, name, method, classes):

@@ -26,7 +26,6 @@ from app.signature import Rows
 
 logger = logging.getLogger("diskless.api")
 FIELDS = ("model", "instances", "method", "version", "alias")
-WITH_CLASSES = ("predict_proba", "predict_log_proba", "decision_function")
 PATH = re.compile(r"/models/([^/]+)/predict\Z")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,200}\Z")
 DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that its sender gets to see the refusal
@@ -156,14 +155,11 @@ def encode(call: Call, prediction: Prediction) -> bytes:
     """Return the bytes of a successful answer."""
     model = call.runner.model
     body: dict[str, Any] = {"model": model.ref.name, "version": model.ref.version, "predictions": wire(prediction)}
-    if call.method in WITH_CLASSES and model.signature.classes is not None and _is_by_class(prediction, call.method):
-        body["classes"] = model.signature.classes
+    signature = model.signature
+    several = isinstance(prediction, tuple) or prediction.ndim == 2  # a binary decision function has one number for both
+    if several and signature.classes is not None and call.method in signature.by_class:
+        body["classes"] = signature.classes
     return orjson.dumps(body)
-
-
-def _is_by_class(prediction: Prediction, method: str) -> bool:
-    """Whether there is a number for each class. A binary decision function has one for both, one-vs-one has one a pair."""
-    return method != "decision_function" or isinstance(prediction, tuple) or prediction.ndim == 2
 
 
 def predicted_model(scope: Scope) -> tuple[bool, str | None]:
