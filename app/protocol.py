@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Generator
 from functools import partial
@@ -143,6 +144,14 @@ async def _answered(cycle: RequestResponseCycle, app: Any, scope: Any, receive: 
         await send({"type": "http.response.body", "body": STOPPING})
 
 
+def _ignore(*numbers: signal.Signals) -> None:
+    """Ignore signals from here on. Of one that comes in this very moment Python would print that it was ignored."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    sys.unraisablehook = hook
+
+
 def _readable(transport: asyncio.BaseTransport) -> bool:
     poll = select.poll()
     poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
@@ -166,8 +175,7 @@ class DrainingServer(uvicorn.Server):
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)  # the process is about to end anyway, and to end well
+            _ignore(signal.SIGTERM, signal.SIGINT)  # the process is about to end anyway, and to end well
 
     @override
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
