@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -49,6 +49,7 @@ from app.storage.base import ObjectInfo, Storage
 PRODUCTION = "production"
 INDEX_ATTEMPTS = 30
 LABEL_ATTEMPTS = 100
+MAX_STRANGE = 50  # files that are no models, in the list of what was passed over
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class Wanted:
     """A version that should be served, under which aliases, and what is needed to fetch it.
 
     A published one has the digest its manifest must have; a bare one its `parts`. `problem` is set when the listing alone
-    shows that it cannot be served.
+    shows that it cannot be served. `confirmed` is false of a bare model with companions of which the last look saw other
+    parts: somebody may be in the middle of replacing them, so it may not be loaded before a look that finds them unchanged.
     """
 
     ref: ModelRef
@@ -64,6 +66,7 @@ class Wanted:
     manifest_sha256: str | None = None
     parts: tuple[Part, ...] = ()
     problem: BundleError | None = None
+    confirmed: bool = True
 
     @property
     def bare(self) -> bool:
@@ -80,13 +83,15 @@ class Wanted:
 class Catalogue:
     """What the bucket held when it was looked at: the index, the bare models, and what was passed over and why.
 
-    `companions` are the roles that were ever seen beside each bare name, in this look or those before it.
+    `companions` are the roles that were ever seen beside each bare name, in this look or those before it; `seen` is the
+    version that each bare name had when it was seen last.
     """
 
     wanted: Mapping[ModelRef, Wanted] = field(default_factory=dict)
     index: Index = field(default_factory=Index)
     ignored: Mapping[str, str] = field(default_factory=dict)
     companions: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    seen: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +192,15 @@ class ModelStorageManager:
             if not versions:
                 ignored[name] = f"none of the served aliases ({', '.join(self._aliases)}) names a version of it"
         companions: dict[str, frozenset[str]] = dict(previous.companions) if previous else {}
+        seen = dict(previous.seen) if previous else {}
         if self._bare_models:
             for bare in await self._find_bare(previous, companions, ignored):
+                seen[bare.ref.name] = bare.ref.version
                 if bare.ref.name in index.models:
                     ignored[f"{bare.ref.name} (bare)"] = "a published model has this name"
                 else:
                     wanted[bare.ref] = bare
-        return Catalogue(wanted, index, ignored, companions)
+        return Catalogue(wanted, index, ignored, companions, seen)
 
     async def _find_bare(
         self, previous: Catalogue | None, companions: dict[str, frozenset[str]], ignored: dict[str, str]
@@ -208,12 +215,14 @@ class ModelStorageManager:
             companions[name] = companions.get(name, frozenset()) | {role}
             if name not in models:
                 ignored[f"{name}_{role}"] = f"a companion without its model {name}"
-        return [self._bare(name, parts, beside, companions.get(name, frozenset())) for name, parts in models.items()]
+        bare = [self._bare(name, parts, beside, companions.get(name, frozenset())) for name, parts in models.items()]
+        return [replace(model, confirmed=_is_confirmed(model, previous)) for model in bare]
 
     def _sorted(
         self, listing: list[ObjectInfo], ignored: dict[str, str]
     ) -> tuple[dict[str, list[Part]], dict[tuple[str, str], list[Part]]]:
         """Sort a listing into models by name, and companions by the model's name and the role."""
+        strange = 0
         models: dict[str, list[Part]] = {}
         companions: dict[tuple[str, str], list[Part]] = {}
         for info in listing:
@@ -221,6 +230,8 @@ class ModelStorageManager:
             stem, dot, ending = file.rpartition(".")
             format = SUFFIXES.get(f"{dot}{ending}")
             if format is None:
+                if file not in ("", "index.json") and (strange := strange + 1) <= MAX_STRANGE:
+                    ignored[file] = f"its ending is not one of {', '.join(SUFFIXES)}"
                 continue
             if not NAME.match(stem):
                 ignored[file] = "its name has characters that a model's name cannot have"
@@ -249,15 +260,17 @@ class ModelStorageManager:
             if len(candidates) > 1:
                 files = " and ".join(part.info.key.rpartition("/")[2] for part in candidates)
                 problem = UnusableModel(f"{files} are both there: which one is the {role} cannot be known, remove one")
+            etags = [part.info.etag[:12] for part in candidates]
             if not candidates and role in self._companions.get(name, ()):
                 problem = CompanionFailed(f"its {role} is missing: ML_COMPANIONS demands {name}_{role} beside it")
+                etags = ["missing"]
             elif not candidates and role in seen:
                 problem = CompanionFailed(
                     f"its {role} is gone: {name}_{role} was beside it and must come back; "
                     "if it is not needed any more, restart the service or publish the model"
                 )
+                etags = ["missing"]
             parts += candidates[:1]
-            etags = [part.info.etag[:12] for part in candidates] or (["missing"] if problem else [])
             labels += etags if role == "model" else [f"{role}.{etag}" for etag in etags]
         ordered = (*parts[1:], parts[0])
         return Wanted(ModelRef(name, "-".join(labels)), self._aliases[:1], parts=ordered, problem=problem)
@@ -480,6 +493,12 @@ class ModelStorageManager:
 
     def _key(self, ref: ModelRef, path: str) -> str:
         return f"{self.prefix}{ref.name}/{ref.version}/{path}"
+
+
+def _is_confirmed(bare: Wanted, previous: Catalogue | None) -> bool:
+    """Whether these parts may be loaded together: a pair that was seen before must be found twice in the same state."""
+    before = previous.seen.get(bare.ref.name) if previous else None
+    return bare.problem is not None or len(bare.parts) == 1 or before in (None, bare.ref.version)
 
 
 def _check_names(name: str, version: str | None) -> None:

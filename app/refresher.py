@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -27,6 +28,9 @@ from app.worker import Worker, limit_native_threads
 logger = logging.getLogger("diskless.refresher")
 FIRST_PAUSE_SECONDS = 1.0
 MAX_FAILURE_PAUSE_SECONDS = 900.0
+UNCONFIRMED = (
+    "its parts changed; waiting for one more look that finds them unchanged, in case more of them are being uploaded"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,10 @@ class _Failure:
 
 
 class Refresher:
-    """Brings the registry up to date, at once when told to and every `refresh_seconds` (with jitter) otherwise."""
+    """Brings the registry up to date, at once when told to and every `refresh_seconds` (with jitter) otherwise.
+
+    While a bare model's changed parts wait to be confirmed, the next look comes after `confirm_seconds` at the latest.
+    """
 
     def __init__(
         self,
@@ -58,14 +65,17 @@ class Refresher:
         make_runner: Callable[[Model], Runner],
         *,
         refresh_seconds: float = 60.0,
+        confirm_seconds: float = 10.0,
     ) -> None:
         self._manager = manager
         self._registry = registry
         self._make_runner = make_runner
         self._refresh_seconds = refresh_seconds
+        self._confirm_seconds = confirm_seconds
         self._catalogue: Catalogue | None = None
         self._failures: dict[ModelRef, _Failure] = {}
         self._gone: frozenset[str] = frozenset()
+        self._unconfirmed = asyncio.Event()
         self._looking = asyncio.Lock()
         self._next_look: asyncio.Task[Outcome] | None = None
         self._loader = Worker("load")
@@ -117,10 +127,14 @@ class Refresher:
             troubled = outcome.error is not None or outcome.passing
             wait = min(pause, self._refresh_seconds) if troubled else self._refresh_seconds
             pause = pause * 2 if troubled and pause < self._refresh_seconds else FIRST_PAUSE_SECONDS
-            await asyncio.sleep(wait * random.uniform(0.9, 1.1))  # noqa: S311 - spreads load, keeps no secret
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait * random.uniform(0.9, 1.1)):  # noqa: S311 - spreads load, keeps no secret
+                    await self._unconfirmed.wait()  # this look may have set it, or one that somebody asks for meanwhile
+                    await asyncio.sleep(self._confirm_seconds)
 
     async def _look(self, *, insist: bool = False) -> Outcome:
         """Look once. Whatever goes wrong becomes an outcome: nothing may end the looking."""
+        self._unconfirmed.clear()
         try:
             self._catalogue = catalogue = await self._manager.catalogue(self._catalogue)
             if self.last_error is not None:
@@ -154,6 +168,9 @@ class Refresher:
         for wanted in catalogue.wanted.values():
             if self._is_served(wanted) or (self._is_hopeless(wanted) and not insist):
                 continue
+            if not wanted.confirmed:
+                self._unconfirmed.set()
+                continue
             result = await self._load(wanted)
             if isinstance(result, Slot):
                 loaded.append(str(wanted.ref))
@@ -184,12 +201,13 @@ class Refresher:
     def _announce(self, name: str, catalogue: Catalogue) -> list[str]:
         """Show the new versions of a name as LOADING, and move its aliases to what is there already."""
         entry = self._registry.snapshot.entries.get(name, Entry())
-        slots = {
-            wanted.ref.version: Slot(wanted.ref, State.LOADING, bare=wanted.bare)
-            for wanted in catalogue.wanted.values()
-            if wanted.ref.name == name and wanted.ref.version not in entry.slots
-        }
-        return self._replace(name, replace(entry, slots={**entry.slots, **slots}), catalogue)
+        slots = dict(entry.slots)
+        for wanted in catalogue.wanted.values():
+            slot = slots.get(wanted.ref.version)
+            if wanted.ref.name == name and (slot is None or slot.state is State.LOADING):
+                why = None if wanted.confirmed else UNCONFIRMED
+                slots[wanted.ref.version] = Slot(wanted.ref, State.LOADING, why, why, bare=wanted.bare)
+        return self._replace(name, replace(entry, slots=slots), catalogue)
 
     def _is_served(self, wanted: Wanted) -> bool:
         slot = self._slot(wanted.ref)

@@ -162,11 +162,13 @@ class Served:
 @asynccontextmanager
 async def serving(
     manager: ModelStorageManager, *, aliases: tuple[str, ...] = ("production",), required: tuple[str, ...] = (),
-    refresh_seconds: float = 3600.0, make_runner: Callable[[Model], Runner] = Runner,
+    refresh_seconds: float = 3600.0, confirm_seconds: float = 10.0, make_runner: Callable[[Model], Runner] = Runner,
 ) -> AsyncIterator[Served]:  # fmt: skip
     """Serve what `manager` finds; nothing is looked at before `refresher.start` or `look_now`."""
     registry = Registry(aliases, required)
-    refresher = Refresher(manager, registry, make_runner, refresh_seconds=refresh_seconds)
+    refresher = Refresher(
+        manager, registry, make_runner, refresh_seconds=refresh_seconds, confirm_seconds=confirm_seconds
+    )
     async with manager.storage:
         try:
             yield Served(manager, registry, refresher)

@@ -132,8 +132,20 @@ async def test_what_is_no_model_is_passed_over_and_said(manager, storage):
         assert served.refresher.ignored == {
             "a (bare)": "a published model has this name",
             "lost_scaler": "a companion without its model lost",
+            "notes.txt": "its ending is not one of .joblib, .pkl, .pickle, .skops",
             "two words.pkl": "its name has characters that a model's name cannot have",
         }
+
+
+async def test_at_most_fifty_files_that_are_no_models_are_listed(manager, storage):
+    async with serving(manager) as served:
+        await manager.publish("a", draft(linear(1)))
+        for number in range(60):
+            await storage.put(f"models/house{number}.JOBLIB", b"")
+        await served.refresher.look_now()
+
+        assert len(served.refresher.ignored) == 50
+        assert set(served.refresher.ignored.values()) == {"its ending is not one of .joblib, .pkl, .pickle, .skops"}
 
 
 # What does not serve: published versions
@@ -388,7 +400,8 @@ async def test_a_bare_model_that_is_not_whole_does_not_serve_and_says_why(manage
             await storage.delete(f"models/{file}")
         await storage.put("models/fraud.joblib", dumped(classifier()))
         await storage.put("models/fraud_scaler.joblib", dumped(scaler()))
-        await served.refresher.look_now()
+        for _ in range(2):  # the second look finds the changed parts unchanged
+            await served.refresher.look_now()
 
         assert await served.ask(ROWS.tolist(), "fraud", "predict_proba") == expected()
 
@@ -401,7 +414,8 @@ async def test_a_demanded_companion_is_missed_from_the_start(storage):
         with pytest.raises(ModelNotReady, match="its scaler is missing: ML_COMPANIONS demands fraud_scaler beside it"):
             await served.ask(ONE, "fraud")
         await storage.put("models/fraud_scaler.joblib", dumped(scaler()))
-        await served.refresher.look_now()
+        for _ in range(2):
+            await served.refresher.look_now()
 
         assert await served.ask(ROWS.tolist(), "fraud", "predict_proba") == expected()
 
@@ -416,6 +430,18 @@ async def test_a_companion_that_was_never_read_is_missed_too(manager, storage):
 
         with pytest.raises(ModelNotReady, match="its scaler is gone"):
             await served.ask(ONE, "fraud")
+
+
+async def test_a_version_names_only_the_companion_that_is_missing(manager, storage):
+    async with storage:
+        info = await storage.put("models/fraud.joblib", dumped(classifier()))
+        await storage.put("models/fraud_scaler.joblib", dumped(scaler()))
+        before = await manager.catalogue()
+        await storage.delete("models/fraud_scaler.joblib")
+
+        (ref,) = (await manager.catalogue(before)).wanted
+
+    assert ref.version == f"{info.etag[:12]}-scaler.missing"
 
 
 async def test_a_model_whose_rights_are_missing_is_the_only_one_that_does_not_serve(manager, storage):
@@ -471,6 +497,7 @@ def test_the_service_names_a_defect_and_recovers_by_itself(environment, bucket, 
         service.wait_for(lambda status: status["models"][1]["state"] == "UNAVAILABLE", "the pair is broken")
         assert "its scaler is gone" in service.predict(model="pair", instances=ONE).json()["detail"]
         put(manager, "models/pair_scaler.joblib", dumped(scaler()))
-        assert service.client.post("/models/refresh").json()["failed"] == {}
+        for _ in range(2):
+            assert service.client.post("/models/refresh").json()["failed"] == {}
         answer = service.predict(model="pair", instances=ROWS.tolist(), method="predict_proba")
         assert answer.json()["predictions"] == expected()

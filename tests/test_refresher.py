@@ -493,6 +493,132 @@ async def test_a_reason_for_callers_names_no_file_of_this_machine(manager, stora
 # Pairs
 
 
+async def look_twice(served):
+    """Look until parts that changed are confirmed; return what the second look did."""
+    await served.refresher.look_now()
+    return await served.refresher.look_now()
+
+
+OTHER_SCALER = type(scaler())().fit(ROWS**2)
+OTHER_CLASSIFIER = type(classifier())().fit(OTHER_SCALER.transform(ROWS), ROWS[:, 1] > 3)
+NEW = {"scaler": dumped(OTHER_SCALER), "model": dumped(OTHER_CLASSIFIER)}
+KEYS = {"scaler": "models/fraud_scaler.joblib", "model": "models/fraud.joblib"}
+
+
+@pytest.fixture
+async def pair(storage):
+    """The storage, with a pair in it."""
+    await storage.put(KEYS["model"], dumped(classifier()))
+    await storage.put(KEYS["scaler"], dumped(scaler()))
+    return storage
+
+
+async def answer(served):
+    return await served.ask(ROWS.tolist(), "fraud", "predict_proba")
+
+
+def together(first, second):
+    return second.predict_proba(first.transform(ROWS)).tolist()
+
+
+@pytest.mark.parametrize("order", [("scaler", "model"), ("model", "scaler")])
+async def test_a_pair_that_is_half_uploaded_never_answers(manager, pair, order):
+    async with serving(manager) as served:
+        await served.refresher.look_now()
+        for role in order:
+            await pair.put(KEYS[role], NEW[role])
+            outcome = await served.refresher.look_now()
+            assert (outcome.loaded, outcome.failed, outcome.retired) == ((), {}, ())
+            assert await answer(served) == expected()
+            assert served.registry.not_ready() is None
+            slot = served.registry.snapshot.entries["fraud"].slots[wanted_version(served)]
+            assert slot.state is State.LOADING
+            assert "waiting for one more look that finds them unchanged" in slot.reason
+        outcome = await served.refresher.look_now()
+
+        assert len(outcome.loaded) == len(outcome.retired) == 1
+        assert await answer(served) == together(OTHER_SCALER, OTHER_CLASSIFIER)
+        assert [slot.reason for slot in served.registry.snapshot.slots()] == [None]
+
+
+def wanted_version(served):
+    return served.registry.snapshot.entries["fraud"].wanted["production"]
+
+
+async def test_a_pair_that_is_replaced_between_two_looks_is_taken_by_the_second_that_sees_it(manager, pair):
+    async with serving(manager) as served:
+        await served.refresher.look_now()
+        for role, body in NEW.items():
+            await pair.put(KEYS[role], body)
+        await served.refresher.look_now()
+        assert await answer(served) == expected()
+        await served.refresher.look_now()
+
+        assert await answer(served) == together(OTHER_SCALER, OTHER_CLASSIFIER)
+
+
+async def test_a_scaler_that_alone_is_replaced_is_taken_soon_after_a_look_that_saw_it(manager, pair):
+    async with serving(manager, confirm_seconds=0.01) as served:
+        served.refresher.start()
+        await served.until(lambda: served.registry.not_ready() is None)
+        before = served.version("fraud")
+        await pair.put(KEYS["scaler"], NEW["scaler"])
+        await served.refresher.look_now()
+        await served.until(lambda: served.version("fraud") != before)
+
+        assert await answer(served) == together(OTHER_SCALER, classifier())
+
+
+async def test_a_pair_that_changes_again_or_back_while_it_waits_waits_again(manager, pair):
+    async with serving(manager) as served:
+        await served.refresher.look_now()
+        before = served.version("fraud")
+        await pair.put(KEYS["scaler"], NEW["scaler"])
+        await served.refresher.look_now()
+        await pair.put(KEYS["scaler"], dumped(linear(1)))  # it would break the pair
+        await served.refresher.look_now()
+        assert await answer(served) == expected()
+        await pair.put(KEYS["scaler"], dumped(scaler()))
+        outcome = await served.refresher.look_now()
+        assert (outcome.failed, outcome.retired, wanted_version(served)) == ({}, (), before)
+        await pair.put(KEYS["scaler"], NEW["scaler"])
+        await served.refresher.look_now()
+        assert await answer(served) == expected()
+        await served.refresher.look_now()
+
+        assert await answer(served) == together(OTHER_SCALER, classifier())
+
+
+async def test_a_look_that_cannot_see_the_bucket_confirms_nothing(manager, pair):
+    async with serving(manager) as served:
+        await served.refresher.look_now()
+        await pair.put(KEYS["scaler"], NEW["scaler"])
+        await served.refresher.look_now()
+        pair.fail(down(), "list")
+        for _ in range(2):
+            assert (await served.refresher.look_now()).error
+        assert await answer(served) == expected()
+        pair.fail(None)
+        await served.refresher.look_now()
+
+        assert await answer(served) == together(OTHER_SCALER, classifier())
+
+
+async def test_a_model_that_comes_back_after_it_was_gone_waits_for_its_companion(manager, pair):
+    async with serving(manager) as served:
+        await served.refresher.look_now()
+        await pair.delete(KEYS["model"])
+        await look_twice(served)
+        await pair.put(KEYS["model"], NEW["model"])
+        await served.refresher.look_now()
+        with pytest.raises(ModelNotReady, match="its parts changed; waiting for one more look"):
+            await answer(served)
+        await pair.put(KEYS["scaler"], NEW["scaler"])
+        await look_twice(served)
+
+        assert await answer(served) == together(OTHER_SCALER, OTHER_CLASSIFIER)
+
+
 async def test_a_vanished_companion_takes_a_pair_out_of_service_until_it_is_back(manager, storage):
     await storage.put("models/fraud.joblib", dumped(classifier()))
     await storage.put("models/fraud_scaler.joblib", dumped(scaler()))
@@ -511,7 +637,7 @@ async def test_a_vanished_companion_takes_a_pair_out_of_service_until_it_is_back
             await served.ask(ONE, "fraud")
         await storage.put("models/fraud_scaler.joblib", dumped(scaler()))
         await storage.put("models/fraud.joblib", dumped(classifier()))
-        await served.refresher.look_now()
+        await look_twice(served)
 
         assert await served.ask(ROWS.tolist(), "fraud", "predict_proba") == expected()
 
@@ -554,15 +680,17 @@ async def test_a_companion_that_breaks_takes_the_pair_out_of_service_and_a_model
     async with serving(manager) as served:
         await served.refresher.look_now()
         await storage.put("models/fraud.joblib", dumped(classifier())[:-10])
-        await served.refresher.look_now()
+        assert len((await look_twice(served)).failed) == 1
         assert await served.ask(ROWS.tolist(), "fraud", "predict_proba") == expected()
         await storage.put("models/fraud.joblib", dumped(classifier()))
         await storage.put("models/fraud_scaler.joblib", dumped(scaler())[:-10])
         await served.refresher.look_now()
+        assert await served.ask(ROWS.tolist(), "fraud", "predict_proba") == expected()
+        await served.refresher.look_now()
         with pytest.raises(ModelNotReady, match=r"scaler is broken: .*fraud_scaler.joblib: cannot be read as joblib"):
             await served.ask(ONE, "fraud")
         await storage.put("models/fraud_scaler.joblib", dumped(scaler()))
-        await served.refresher.look_now()
+        await look_twice(served)
 
         assert await served.ask(ROWS.tolist(), "fraud", "predict_proba") == expected()
 
@@ -574,7 +702,7 @@ async def test_a_pair_whose_storage_fails_goes_on(manager, storage):
         await served.refresher.look_now()
         await storage.put("models/fraud_scaler.joblib", dumped(linear(1)))
         storage.fail(down(), "get", "fraud_scaler")
-        outcome = await served.refresher.look_now()
+        outcome = await look_twice(served)
 
         assert outcome.passing
         assert await served.ask(ROWS.tolist(), "fraud", "predict_proba") == expected()
@@ -586,6 +714,7 @@ async def test_a_pair_of_which_a_file_is_replaced_while_it_is_read_goes_on_and_i
     async with serving(manager) as served:
         await served.refresher.look_now()
         await storage.put("models/fraud_scaler.joblib", dumped(scaler()) + b" ")
+        await served.refresher.look_now()
         arrived, release = storage.hold("get", "fraud_scaler")
         looking = asyncio.create_task(served.refresher.look_now())
         await arrived.wait()
@@ -596,7 +725,7 @@ async def test_a_pair_of_which_a_file_is_replaced_while_it_is_read_goes_on_and_i
         assert outcome.passing
         assert "changed while it was read" in next(iter(outcome.failed.values()))
         assert await served.ask(ROWS.tolist(), "fraud", "predict_proba") == expected()
-        assert (await served.refresher.look_now()).failed == {}
+        assert (await look_twice(served)).failed == {}
         assert served.registry.snapshot.entries["fraud"].serving
 
 
