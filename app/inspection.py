@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "transform", "score_samples")
 BY_CLASS = ("predict_proba", "predict_log_proba", "decision_function")
-TARGET_ENCODERS = ("LabelEncoder", "LabelBinarizer")
+TARGET_ENCODERS = ("LabelEncoder", "LabelBinarizer", "MultiLabelBinarizer")
 
 # Where an estimator that hands its input on as it comes keeps the fitted ones that it hands it to.
 DELEGATES = {
@@ -59,7 +59,7 @@ def infer(
         raise UnusableModel(
             f"a {type(model).__name__} has none of the methods that can be served ({', '.join(METHODS)})"
         )
-    chain = [*(stage for stage in companions if not is_target_encoder(stage)), model]
+    chain = _chain(companions, model)
     target = next((stage for stage in companions if is_target_encoder(stage)), None)
     items = _item_layout(chain[0])
     ignored: tuple[str, ...] = ()
@@ -100,6 +100,8 @@ def prepare(companions: Sequence[Any], model: Any, examples: Any) -> Any:
     entry = next((stage for stage in companions if not is_target_encoder(stage)), model)
     items = _item_layout(entry)
     examples = _items(examples, items) if items else _columns_of_training(entry, _table(examples))
+    if not items and hasattr(examples, "columns"):
+        examples = _objects_as_trained(_chain(companions, model), examples)
     if len(examples) == 0:
         raise UnusableExamples("the examples have no rows")
     return examples
@@ -159,6 +161,22 @@ def _columns_of_training(entry: Any, examples: Any) -> Any:
             + (f": {', '.join(names)}" if names else "")
         )
     return examples
+
+
+def _objects_as_trained(chain: Sequence[Any], examples: Any) -> Any:
+    """Make objects again of numbers that were objects in training: an encoder of objects takes no others."""
+    names = _feature_names(chain[0])
+    known = _column_kinds(chain, names)[1] if names else {}
+    for name, spec in known.items():
+        column = examples[name] if name in examples.columns else None
+        if column is not None and _is_of_numeric_objects(spec) and column.dtype.kind in "iuf":
+            blank = None if spec.missing == "none" else np.nan
+            examples = examples.assign(**{name: column.astype(object).where(column.notna(), blank)})
+    return examples
+
+
+def _chain(companions: Sequence[Any], model: Any) -> list[Any]:
+    return [*(stage for stage in companions if not is_target_encoder(stage)), model]
 
 
 def is_target_encoder(estimator: Any) -> bool:
@@ -250,7 +268,7 @@ def _inputs(
     if names is None:
         width = _array_width(examples) if width is None else width
         names = columns or [f"x{position}" for position in range(width or 0)]
-    used, known = _column_kinds(entry, names)
+    used, known, unknown = _column_kinds(chain, names)
     refusing, _ = _refusing(chain, set(range(len(names))))
     ignored = tuple(name for name in names if name not in used) if layout == "frame" else ()
     specs = []
@@ -258,8 +276,12 @@ def _inputs(
         if layout == "frame" and name not in used:
             continue
         column = _column(examples, name, position)
+        spec = _spec(name, column, known.get(name))
+        if spec.assumed and name in unknown:
+            specs.append(_anything(name))
+            continue
         nullable = position not in refusing or (column is not None and _count_missing(column) > 0)
-        specs.append(_spec(name, column, known.get(name)).model_copy(update={"nullable": nullable}))
+        specs.append(spec.model_copy(update={"nullable": nullable}))
     return tuple(specs), ignored, layout
 
 
@@ -277,6 +299,13 @@ def _spec(name: str, column: Any, known: TensorSpec | None) -> TensorSpec:
             f"column {name!r} was {_WORDS[known.datatype]} in training and is {_WORDS[spec.datatype]} in the examples: "
             "give them with the dtypes of training (a parquet file or a DataFrame keeps them, csv does not)"
         )
+    if known.is_datetime and not spec.is_datetime:
+        raise UnusableExamples(
+            f"column {name!r} was date-times in training and is strings in the examples: "
+            "use parquet, or save() with a DataFrame"
+        )
+    if _is_of_numeric_objects(known) and spec.datatype in ("FP64", "INT64"):
+        return known
     if spec.datatype == "FP64" and known.datatype == "INT64" and spec.dtype == "float64":
         return known  # whole numbers that became floats on their way, as they do in JSON or beside a missing value
     missing = "none" if "none" in (spec.missing, known.missing) else "nan"
@@ -288,6 +317,14 @@ _WORDS = {"BYTES": "strings", "FP64": "numbers", "INT64": "whole numbers", "BOOL
 
 def _number(name: str) -> TensorSpec:
     return TensorSpec(name=name, datatype="FP64", dtype="float64", assumed=True)
+
+
+def _anything(name: str) -> TensorSpec:
+    return TensorSpec(name=name, datatype="FP64", dtype="object", assumed=True)
+
+
+def _is_of_numeric_objects(spec: TensorSpec) -> bool:
+    return spec.dtype == "object" and spec.datatype in ("FP64", "INT64")
 
 
 def _feature_names(entry: Any) -> list[str] | None:
@@ -324,21 +361,79 @@ def _array_width(examples: Any) -> int | None:
     return int(shape[1]) if shape is not None and len(shape) == 2 else None
 
 
-def _column_kinds(entry: Any, names: list[str]) -> tuple[set[str], dict[str, TensorSpec]]:
-    """Return the names that the model reads at all, and what its fitted encoders and imputers tell of them."""
+def _column_kinds(chain: Sequence[Any], names: list[str]) -> tuple[set[str], dict[str, TensorSpec], set[str]]:
+    """Return the names that the model reads at all, what its fitted encoders and imputers tell of them, and the rest.
+
+    Of these nothing is known, not even that they are numbers: only functions and other people's classes read them.
+    """
     used: set[str] = set()
     known: dict[str, TensorSpec] = {}
-    for estimator in _entries(entry) or [entry]:
-        branches = _branches(estimator)
-        if branches is None:
-            branches = [(estimator, list(range(len(names))))]
-        for transformer, positions in branches:
-            mine = [names[position] for position in positions]
-            used.update(mine)
-            for inner in _entries(transformer):
-                for position, spec in _own_kinds(inner, mine).items():
-                    known.setdefault(mine[position], spec)
-    return used, known
+    numbers: set[str] = set()
+    steps = [deep for stage in chain for deep in _steps(stage)]
+    for reader, positions, moved in _readers(steps, list(range(len(names)))):
+        mine = [names[position] for position in positions]
+        used.update(mine)
+        if _takes_numbers(reader, moved=moved):
+            numbers.update(mine)
+        if not moved:
+            for position, spec in _own_kinds(reader, mine).items():
+                known.setdefault(mine[position], spec)
+    return used, known, used - numbers - known.keys()
+
+
+def _readers(
+    steps: Sequence[Any], positions: list[int], behind: Sequence[Any] = (), *, moved: bool = False
+) -> list[tuple[Any, list[int], bool]]:
+    """Return the estimators that look at the columns first, each with those that it is handed, however deep they are.
+
+    None looks at what passes through everything. `behind` follows where `steps` end; whether the reader is one of these,
+    for which the columns may have moved, is the third of each.
+    """
+    if not steps:
+        return _readers(behind, positions, moved=True) if behind else [(None, positions, moved)]
+    first, *rest = steps
+    if isinstance(first, str) or (type(first).__name__ == "FunctionTransformer" and first.func is None):
+        return _readers(rest, positions, behind, moved=moved)
+    following = [*rest, *behind]
+    delegates, branches = _delegates(first), _branches(first)
+    if delegates is not None:
+        ways = [_readers(_steps(inner), positions, following, moved=moved) for inner in delegates]
+    elif branches is not None and not moved:
+        ways = [
+            _readers(_steps(fitted), [positions[place] for place in where], following) for fitted, where in branches
+        ]
+    else:
+        return [(first, positions, moved)]
+    return [reader for way in ways for reader in way]
+
+
+def _takes_numbers(reader: Any, *, moved: bool) -> bool:
+    """Whether what looks at a column is known, or by its kind most likely, to be made for numbers."""
+    if type(reader).__name__ == "FunctionTransformer":
+        function = getattr(reader.func, "func", reader.func)
+        library = str(getattr(function, "__module__", "")).partition(".")[0]
+        return bool(reader.validate) or library in ("numpy", "scipy", "sklearn")
+    if reader is not None and type(reader).__module__.partition(".")[0] != "sklearn":
+        return _has(reader, "predict") and _attribute(reader, "n_features_in_") is not None
+    tells_of_others = type(reader).__name__ == "ColumnTransformer" or hasattr(reader, "categories_")
+    statistics = getattr(reader, "statistics_", None)
+    return not (moved and (tells_of_others or (isinstance(statistics, np.ndarray) and statistics.dtype.kind == "O")))
+
+
+def columns_of_strings(companions: Sequence[Any], model: Any, columns: Sequence[str]) -> list[str]:
+    """Return those of a table's columns that fitting knew as strings, whatever they look like: `01234` is no number."""
+    chain = _chain(companions, model)
+    if _item_layout(chain[0]) is not None:
+        return []
+    names, width = _feature_names(chain[0]), _width(chain[0])
+    if names is None:
+        names = list(columns) if width == len(columns) else []
+    if not names:
+        return []
+    _, known, _ = _column_kinds(chain, names)
+    return [
+        name for name in columns if name in known and known[name].datatype == "BYTES" and not known[name].is_datetime
+    ]
 
 
 def _branches(estimator: Any) -> list[tuple[Any, list[int]]] | None:
@@ -364,7 +459,7 @@ def _own_kinds(estimator: Any, names: list[str]) -> dict[int, TensorSpec]:
     statistics = getattr(estimator, "statistics_", None)
     if isinstance(statistics, np.ndarray) and statistics.dtype == object and len(statistics) == len(names):
         specs = {
-            position: _spec_of_values(names[position], np.array([value], dtype=object))
+            position: _as_floats(_spec_of_values(names[position], np.array([value], dtype=object)))
             for position, value in enumerate(statistics)
         }
         none = getattr(estimator, "missing_values", np.nan) is None
@@ -382,12 +477,14 @@ def _own_kinds(estimator: Any, names: list[str]) -> dict[int, TensorSpec]:
 def _spec_of_values(name: str, values: Array) -> TensorSpec:
     """Tell from known values of a column (an encoder's categories) what it holds."""
     if values.dtype.kind in "OUST":
-        present = [value for value in values.tolist() if value is not None and value == value]
+        unwrapped = [value.item() if isinstance(value, np.generic) else value for value in values.tolist()]
+        present = [value for value in unwrapped if value is not None and value == value]
         missing: Literal["nan", "none"] = "none" if any(value is None for value in values.tolist()) else "nan"
         if present and all(isinstance(value, bool) for value in present):
             return TensorSpec(name=name, datatype="BOOL", dtype="bool", missing=missing)
         if present and all(isinstance(value, (int, float)) for value in present):
-            return TensorSpec(name=name, datatype="FP64", dtype="float64")
+            datatype: Datatype = "INT64" if all(isinstance(value, int) for value in present) else "FP64"
+            return TensorSpec(name=name, datatype=datatype, dtype="object", missing=missing)
         return TensorSpec(name=name, datatype="BYTES", dtype="object", missing=missing)
     if values.dtype.kind == "b":
         return TensorSpec(name=name, datatype="BOOL", dtype="bool")
@@ -415,7 +512,13 @@ def _count_missing(column: Any) -> int:
 
 
 def _array_spec(name: str, column: Array) -> TensorSpec:
-    return _spec_of_values(name, column) if column.dtype.kind == "O" else _dtype_spec(name, column.dtype)
+    return _as_floats(_spec_of_values(name, column)) if column.dtype.kind == "O" else _dtype_spec(name, column.dtype)
+
+
+def _as_floats(spec: TensorSpec) -> TensorSpec:
+    """Take objects that are all numbers for floats, which is what nearly every estimator makes of them."""
+    more = {"datatype": "FP64", "dtype": "float64", "missing": "nan"}
+    return spec.model_copy(update=more) if _is_of_numeric_objects(spec) else spec
 
 
 def _frame_spec(name: str, series: pd.Series[Any]) -> TensorSpec:
@@ -424,10 +527,12 @@ def _frame_spec(name: str, series: pd.Series[Any]) -> TensorSpec:
     if text == "category":
         categories = np.asarray(series.cat.categories)
         spec = _spec_of_values(name, categories)
-        more = {"dtype": text, "categories": tuple(plain(categories)), "ordered": bool(series.cat.ordered)}
+        values = tuple(_plain_column(name, categories))
+        more = {"dtype": text, "categories": values, "ordered": bool(series.cat.ordered)}
         return spec.model_copy(update=more)
     if text == "object":
-        return _spec_of_values(name, np.asarray(series))
+        spec = _spec_of_values(name, np.asarray(series))
+        return spec if spec.missing == "none" else _as_floats(spec)
     kind = getattr(dtype, "kind", "O")
     if kind == "M":
         return TensorSpec(name=name, datatype="BYTES", dtype=text)
@@ -489,11 +594,21 @@ def _own_fate(estimator: Any) -> Literal["passed", "settled", "refused"]:
 
 def _classes(model: Any, target: Any) -> list[Any] | None:
     classes = _attribute(model, "classes_") if _has(model, "predict") else None
-    if target is not None and not isinstance(classes, list):
-        classes = _attribute(target, "classes_")
+    if target is not None and classes is not None and not isinstance(classes, list):
+        # In the order of the model's columns, which are not all that the encoder knows if it was fitted on more.
+        classes = _decoded(target, classes)
     if classes is None:
         return None
     return [plain(item) for item in classes] if isinstance(classes, list) else plain(np.asarray(classes))
+
+
+def _decoded(target: Any, classes: Any) -> Any:
+    if type(target).__name__ == "LabelEncoder":
+        try:
+            return target.inverse_transform(classes)
+        except ValueError:  # it knows fewer: `Model` refuses the two of them, with a sentence
+            return classes
+    return _attribute(target, "classes_")
 
 
 def plain(values: Any) -> list[Any]:
@@ -501,6 +616,13 @@ def plain(values: Any) -> list[Any]:
     if isinstance(values, np.ndarray) and values.dtype.kind == "M":
         values = [None if text == "NaT" else text for text in np.datetime_as_string(values).tolist()]
     return [plain_value(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+
+
+def _plain_column(name: str, values: Any) -> list[Any]:
+    try:
+        return plain(values)
+    except UnusableExamples as error:
+        raise UnusableExamples(f"column {name!r}: {error}") from error
 
 
 def plain_value(value: Any) -> Any:
@@ -526,6 +648,22 @@ def plain_value(value: Any) -> Any:
     raise UnusableExamples(f"a value of type {type(value).__name__} cannot be written as JSON")
 
 
+def likely_times(examples: Any) -> str | None:
+    """Return the first column of strings that are all ISO 8601 date-times, None where there is none."""
+    for name in _frame_columns(examples) or []:
+        values = examples[name].dropna().tolist() if name in examples.columns else []
+        if values and all(_is_time(value) for value in values):
+            return name
+    return None
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value) is not None
+    except ValueError:
+        return False
+
+
 def instances_of(examples: Any, signature: Signature) -> list[Any]:
     """Return examples as the instances of a request: rows as lists in the signature's order, or the items themselves.
 
@@ -539,7 +677,7 @@ def instances_of(examples: Any, signature: Signature) -> list[Any]:
             columns.index(spec.name) if spec.name in columns else position
             for position, spec in enumerate(signature.inputs)
         ]
-        series = [[plain_value(value) for value in examples.iloc[:, position].tolist()] for position in positions]
+        series = [_plain_column(columns[position], examples.iloc[:, position]) for position in positions]
         return [list(row) for row in zip(*series, strict=True)]
     rows = np.asarray(examples)
     if rows.ndim != 2 or (signature.inputs and rows.shape[1] != len(signature.inputs)):

@@ -103,6 +103,7 @@ class Model:
             use_one_thread(part)
         _check_chain([*self._stages, estimator])
         _check_target(self._target, estimator)
+        self._orders = [_order(*pair) for pair in itertools.pairwise([*self._stages, estimator])]
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Model:
@@ -117,6 +118,8 @@ class Model:
         *companions, estimator = values
         manifest = bundle.manifest
         signature = manifest.signature if manifest else inspection.infer(companions, estimator)
+        if manifest is None and holds_own_code(values):  # no golden rows have shown that it may be batched
+            signature = signature.model_copy(update={"rowwise": False})
         trim_heap()
         trained_with = dict(manifest.trained_with) if manifest else {}
         written_by = next((loaded.trained_version for loaded, _ in parts if loaded.trained_version), None)
@@ -148,10 +151,10 @@ class Model:
             elif _OTHER_FAULT.search(message):
                 violations = []
             else:
-                raise PredictionFailed(_GENERIC) from error
+                raise _failure(rows, error) from error
             raise InvalidInput(f"the model cannot take this input: {loaders.reason(message)}", violations) from error
         except Exception as error:  # any class may come out of an estimator; the caller is told nothing of it
-            raise PredictionFailed(_GENERIC) from error
+            raise _failure(rows, error) from error
 
     def check(self) -> float | None:
         """Run the golden rows, and return the largest relative difference from what was recorded; None without any.
@@ -178,11 +181,13 @@ class Model:
 
     def _compute(self, value: Any, count: int, method: str) -> Prediction:
         with np.errstate(all="ignore"):  # the logarithm of an impossible class is minus infinity, and no surprise
-            for stage in self._stages:
+            for stage, order in zip(self._stages, self._orders, strict=True):
                 value = stage.transform(_as_trained(value, stage))
+                if order is not None:
+                    value = value.iloc[:, order] if hasattr(value, "iloc") else value[:, order]
             result = getattr(self.estimator, method)(_as_trained(value, self.estimator))
         if self._target is not None and method == "predict":
-            result = self._target.inverse_transform(result)
+            result = _decoded(self._target.inverse_transform(result))
         return _normalised(result, count)
 
     def _input(self, rows: Rows) -> Any:
@@ -211,6 +216,15 @@ def _read(bundle: Bundle, part: Part) -> tuple[loaders.Loaded, Source]:
 
 
 _GENERIC = "the model could not compute this input; the service's log says why"
+
+
+def _failure(rows: Rows, error: Exception) -> RequestError:
+    """Return whose fault it is: the caller's, where values of a kind that nothing tells to be right were not taken."""
+    if rows.guessed and isinstance(error, (TypeError, ValueError, AttributeError)):
+        return InvalidInput(
+            "the model cannot take these values, and nothing tells what its columns hold: publish it with --examples"
+        )
+    return PredictionFailed(_GENERIC)
 
 
 def wire(prediction: Prediction) -> list[Any]:
@@ -245,7 +259,7 @@ def part_of(prediction: Prediction, start: int, stop: int) -> Prediction:
 
 
 def _normalised(result: Any, count: int) -> Prediction:
-    if isinstance(result, list) and result and all(hasattr(output, "shape") for output in result):
+    if isinstance(result, list) and result and all(getattr(output, "ndim", 0) for output in result):
         return tuple(_array(output, count) for output in result)
     return _array(result, count)
 
@@ -318,15 +332,65 @@ def _width_given(transformer: Any) -> int | None:
         return None
 
 
+def _decoded(labels: Any) -> Any:
+    """Return labels as an array with an entry per row: several labels a row come as tuples of any length."""
+    if not isinstance(labels, list):
+        return labels
+    array = np.empty(len(labels), dtype=object)
+    array[:] = [list(row) for row in labels]
+    return array
+
+
+def _order(stage: Any, following: Any) -> list[int] | None:
+    """Return the columns of what `stage` gives in the order in which `following` was fitted on them, None if they are.
+
+    Names decide where both have the same ones. Where they share none, one of the two was fitted without names, and the
+    position has to do. Raises `CompanionFailed` where they share some: then a column is missing, or is another.
+    """
+    wanted = getattr(following, "feature_names_in_", None)
+    given = _names_given(stage)
+    if wanted is None or given is None or given == list(wanted):
+        return None
+    if set(given) == set(wanted):
+        return [given.index(name) for name in wanted]
+    if shared := set(given) & set(wanted):
+        strange = next(name for name in [*wanted, *given] if name not in shared)
+        raise CompanionFailed(
+            f"its {type(stage).__name__} and the {type(following).__name__} behind it share some columns, but not "
+            f"{strange!r}: they do not belong together"
+        )
+    return None
+
+
+def _names_given(transformer: Any) -> list[str] | None:
+    if getattr(transformer, "feature_names_in_", None) is None:
+        return None  # then it invents names, which mean nothing
+    try:
+        return [str(name) for name in transformer.get_feature_names_out()]
+    except Exception:  # many transformers cannot say
+        return None
+
+
 def _check_target(target: Any, estimator: Any) -> None:
     """Refuse an encoder of labels that cannot decode what the model says."""
     if type(target).__name__ != "LabelEncoder":
         return
+    kind = type(estimator).__name__
     labels, numbers = getattr(target, "classes_", ()), getattr(estimator, "classes_", None)
-    if isinstance(numbers, np.ndarray) and not set(numbers.tolist()) <= set(range(len(labels))):
+    if not isinstance(numbers, np.ndarray):
         raise CompanionFailed(
-            f"its LabelEncoder decodes the numbers 0 to {len(labels) - 1}, the {type(estimator).__name__} says "
+            f"its LabelEncoder decodes classes, and the {kind} has none: a LabelEncoder for a column of the input cannot "
+            "be a companion, put an OrdinalEncoder into the pipeline instead"
+        )
+    if not set(numbers.tolist()) <= set(range(len(labels))):
+        raise CompanionFailed(
+            f"its LabelEncoder decodes the numbers 0 to {len(labels) - 1}, the {kind} says "
             f"{', '.join(map(str, numbers[:5].tolist()))}: they do not belong together"
+        )
+    if len(labels) != len(numbers):  # most likely it was fitted on another column
+        raise CompanionFailed(
+            f"its LabelEncoder knows {len(labels)} labels, the {kind} {len(numbers)} classes: if it is the encoder of the "
+            "target, fit it on the same rows as the model"
         )
 
 
@@ -405,6 +469,35 @@ def parts_of(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
     for child in children:
         if not isinstance(child, (str, bytes, int, float, bool, type(None))):
             yield from parts_of(child, seen)
+
+
+def holds_own_code(values: Sequence[Any]) -> bool:
+    """Whether somebody's own class or function computes in these objects: it may look at all rows of a batch at once."""
+    for part in [*values, *parts_of(list(values))]:
+        if not _is_sklearn(part):
+            return True
+        for function in (getattr(part, "func", None), getattr(part, "inverse_func", None)):
+            if function is not None and not isinstance(function, np.ufunc):
+                return True
+        for item in vars(part).values():
+            if any(_computes(inner) and not _is_sklearn(inner) for inner in _flat(item)):
+                return True
+    return False
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        yield from item if isinstance(item, tuple) else [item]
+
+
+def _computes(value: Any) -> bool:
+    return not isinstance(value, type) and any(
+        callable(getattr(value, name, None)) for name in ("transform", "predict")
+    )
+
+
+def _is_sklearn(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "sklearn"
 
 
 def resident_bytes() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ import orjson
 from app import inspection, loaders
 from app.errors import GoldenMismatch, PublishError, RequestError, UnusableExamples
 from app.manifest import Artifact, Golden, Manifest
-from app.model import Model, compare, parts_of, wire
+from app.model import Model, compare, holds_own_code, parts_of, wire
 from app.names import COMPANION_ROLES, SUFFIXES, ModelRef
 from app.signature import Datatype, Signature, TensorSpec
 
 GOLDEN_ROWS = 100
+ROWS_ALONE = 10  # of them are run one by one as well
 GOLDEN_BYTES = 256 * 1024
 LIBRARIES = ("scikit-learn", "numpy", "scipy", "joblib", "pandas")
 ENDINGS = {"joblib": ".joblib", "pickle": ".pkl", "skops": ".skops"}
@@ -117,7 +118,7 @@ def part_from_file(role: str, path: Path) -> DraftPart:
 def draft(parts: Mapping[str, DraftPart], examples: Any = None, *, extra_columns_ignored: bool = False) -> Draft:
     """Load the parts, infer the signature, and run the examples. `parts` is by role and has at least `model`.
 
-    `examples` is a DataFrame, an array of shape (n, features), or a list of texts, records or rows.
+    `examples` is a DataFrame, an array of shape (n, features), a list of texts, records or rows, or a `Table`.
     Raises `PublishError` or `BundleError` for anything that would not serve.
     """
     ordered = tuple(parts[role] for role in (*COMPANION_ROLES, "model") if role in parts)
@@ -125,14 +126,19 @@ def draft(parts: Mapping[str, DraftPart], examples: Any = None, *, extra_columns
     for part, item in zip(ordered, loaded, strict=True):
         _check_importable(part.role, item.value)
     *companions, estimator = (item.value for item in loaded)
+    if isinstance(examples, Table):
+        examples = examples.read(inspection.columns_of_strings(companions, estimator, examples.columns))
     if examples is not None:
         examples = inspection.prepare(companions, estimator, examples)
     signature = inspection.infer(companions, estimator, examples, extra_columns_ignored=extra_columns_ignored)
     model = Model(ModelRef("draft", "0"), signature, estimator, companions)
     golden = _golden(model, examples[:GOLDEN_ROWS]) if examples is not None else None
+    rowwise = not holds_own_code([*companions, estimator])
     if golden is not None:
         outputs = tuple(_output_spec(method, output) for method, output in golden.outputs.items())
+        rowwise = _is_rowwise(model, golden) if len(golden.instances) > 1 else rowwise
         signature = signature.model_copy(update={"outputs": outputs})
+    signature = signature.model_copy(update={"rowwise": rowwise})
     return Draft(ordered, signature, golden, _versions(loaded))
 
 
@@ -171,8 +177,12 @@ def _golden_output(model: Model, method: str, instances: list[Any], examples: An
         output = wire(model.predict(model.signature.validate(instances), method))
         direct = wire(model.predict_directly(examples, method))
     except RequestError as error:
-        cause = f": {loaders.reason(error.__cause__)}" if error.__cause__ else ""
-        raise UnusableExamples(f"the model cannot answer {method} for the examples: {error}{cause}") from error
+        told = loaders.reason(error.__cause__) if error.__cause__ else str(error)
+        times = inspection.likely_times(examples)
+        hint = f"; {times!r} looks like date-times, which are strings here: use parquet, or save() with a DataFrame"
+        raise UnusableExamples(
+            f"the model cannot answer {method} for the examples: {told}{hint if times else ''}"
+        ) from error
     try:
         compare("examples", method, direct, output)
     except GoldenMismatch as error:
@@ -181,6 +191,18 @@ def _golden_output(model: Model, method: str, instances: list[Any], examples: An
             "do they have the dtypes that the model was trained with?"
         ) from error
     return output
+
+
+def _is_rowwise(model: Model, golden: Golden) -> bool:
+    """Whether rows alone get the answers that they get beside others. Code that looks at whole columns gives others."""
+    for index in range(min(ROWS_ALONE, len(golden.instances))):
+        alone = model.signature.validate(golden.instances[index : index + 1])
+        for method, recorded in golden.outputs.items():
+            try:
+                compare("alone", method, recorded[index : index + 1], wire(model.predict(alone, method)))
+            except (GoldenMismatch, RequestError):
+                return False
+    return True
 
 
 def _output_spec(method: str, output: list[Any]) -> TensorSpec:
@@ -213,6 +235,23 @@ def _versions(loaded: list[loaders.Loaded]) -> dict[str, str]:
     return versions | ({"scikit-learn": written} if written else {})
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A csv file. Only the model can tell what in it is a string: a zip code such as `01234` looks like a number."""
+
+    path: Path
+    columns: tuple[str, ...]
+
+    def read(self, strings: Sequence[str] = ()) -> Any:
+        """Return its DataFrame, with the columns `strings` as they are written. Raises `UnusableExamples`."""
+        import pandas as pd
+
+        try:
+            return pd.read_csv(self.path, dtype=dict.fromkeys(strings, str))
+        except Exception as error:  # whatever a parser says of a broken file
+            raise UnusableExamples(f"{self.path.name}: cannot be read: {loaders.reason(error)}") from error
+
+
 def read_examples(path: Path) -> Any:
     """Read examples from a file that ends in .csv, .parquet or .json (a list of rows or of objects, or JSON lines).
 
@@ -223,7 +262,7 @@ def read_examples(path: Path) -> Any:
     ending = path.suffix.lower()
     try:
         if ending == ".csv":
-            return pd.read_csv(path)
+            return Table(path, tuple(map(str, pd.read_csv(path, nrows=0).columns)))
         if ending == ".parquet":
             return pd.read_parquet(path)
         if ending in (".json", ".jsonl", ".ndjson"):

@@ -36,7 +36,7 @@ class _Job:
     @property
     def batch(self) -> tuple[object, ...]:
         """What must be equal for two jobs to be computed together."""
-        return (self.method, self.rows.kinds)
+        return (self.method, self.rows.kinds, None if self.rows.signature.rowwise else id(self))
 
 
 class Counters:

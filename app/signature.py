@@ -38,7 +38,8 @@ class TensorSpec(BaseModel):
 
     `datatype` is what the wire carries. `dtype` is the numpy or pandas dtype that the model was trained with, and that
     its input is built with. `missing` is what `null` becomes in a column of strings: NaN, or None where it was trained so.
-    `assumed` is a column of which nothing is known: a number, or true and false, which count as 1 and 0.
+    `assumed` is a column of which nothing is known: a number, or true and false, which count as 1 and 0; with dtype
+    `object` not even that, and it may be a string as well.
     `categories` are those of a column of pandas' dtype `category`, in training's order, which `ordered` says to matter.
     """
 
@@ -60,10 +61,17 @@ class TensorSpec(BaseModel):
         return self.dtype.startswith("datetime64")
 
     @property
+    def is_anything(self) -> bool:
+        """Whether only somebody's own code reads the column, so that its values are handed on as they came."""
+        return self.assumed and self.dtype == "object"
+
+    @property
     def expected(self) -> str:
         """What a violation says was expected."""
         kind: str = self.datatype
-        if self.is_datetime:
+        if self.is_anything:
+            kind = "a number, a string, true, false"
+        elif self.is_datetime:
             kind = "BYTES (an ISO 8601 date-time)"
         elif kind == "INT64" and _storage("INT64", self.dtype) != np.int64:
             kind = "INT64 from {} to {}".format(*_bounds(self.dtype))
@@ -103,6 +111,17 @@ class Rows:
         if self.matrix is not None:
             return (self.matrix.dtype, self.matrix.shape[1])
         return tuple(column.dtype for column in self.columns)
+
+    @property
+    def guessed(self) -> bool:
+        """Whether they have more than numbers in a column of which nothing is known: the model may not be made for it."""
+        if self.matrix is not None or self.signature.layout not in ("matrix", "frame"):
+            return False
+        specs = self.signature.inputs
+        return any(
+            column.dtype.kind == "O" and (not specs or specs[position].is_anything)
+            for position, column in enumerate(self.columns)
+        )
 
     def array(self) -> Array:
         """Return the rows as an array of shape (count, columns); of dtype object where columns differ in kind."""
@@ -166,7 +185,8 @@ class Signature(BaseModel):
     `layout` says what the estimator is handed: `matrix` an array of shape (n, inputs), `frame` a DataFrame, `text` a list
     of n strings, `records` a list of n dictionaries. With layout `matrix` and no `inputs`, any width is taken.
     `ignored` are columns that training data had and the model never reads. `classes` is a list, or one per output;
-    `by_class` are the methods with a column for each class.
+    `by_class` are the methods with a column for each class. Unless `rowwise`, a row's answer may depend on the rows beside it,
+    so requests are not computed together.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -177,6 +197,7 @@ class Signature(BaseModel):
     methods: tuple[str, ...]
     classes: list[Any] | None = None
     by_class: tuple[str, ...] = ("predict_proba", "predict_log_proba", "decision_function")
+    rowwise: bool = True
     extra_columns: Literal["forbid", "ignore"] = "forbid"
     ignored: tuple[str, ...] = ()
 
@@ -201,7 +222,7 @@ class Signature(BaseModel):
     @cached_property
     def _uniform(self) -> np.dtype[Any] | None:
         """The one numeric dtype of all inputs, if there is one: then rows are one array."""
-        kinds = {(spec.datatype, spec.dtype) for spec in self.inputs}
+        kinds = {(spec.datatype, "float64" if spec.is_anything else spec.dtype) for spec in self.inputs}
         if len(kinds) != 1 or self.layout not in ("matrix", "frame"):
             return None if self.inputs or self.layout != "matrix" else np.dtype(np.float64)
         ((datatype, dtype),) = kinds
@@ -315,7 +336,7 @@ class Signature(BaseModel):
 
             columns.append(_CONVERTERS[spec.datatype](values, spec, path, report))
         report.raise_if_any()
-        if self._uniform is not None:
+        if self._uniform is not None and all(column.dtype.kind == "f" for column in columns):
             matrix = np.column_stack(columns).astype(self._uniform, copy=False)
             return Rows(self, len(instances), matrix)
         if self.layout == "matrix" and "O" not in {column.dtype.kind for column in columns}:
@@ -324,9 +345,13 @@ class Signature(BaseModel):
 
     def _any_width(self, instances: list[Any], report: _Report) -> list[TensorSpec]:
         if not isinstance(instances[0], list) or not instances[0]:
-            report.add("instances[0]", "a list of numbers", instances[0])
+            names = " (nothing tells this model's columns: publish it with --examples to send objects)"
+            report.add("instances[0]", f"a list of values{names if instances[0] else ''}", instances[0])
             report.raise_if_any()
-        return [TensorSpec(name=f"x{position}", datatype="FP64") for position in range(len(instances[0]))]
+        return [
+            TensorSpec(name=f"x{position}", datatype="FP64", dtype="object", assumed=True)
+            for position in range(len(instances[0]))
+        ]
 
     def _ordered(self, row: dict[Any, Any], index: int, specs: Sequence[TensorSpec], report: _Report) -> list[Any]:
         missing = [spec for spec in specs if spec.name not in row]
@@ -427,6 +452,31 @@ Path = Callable[[int], str]
 
 
 def _fp64(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> Array:
+    if spec.is_anything:
+        return _anything(values, spec, path, report)
+    column = _numbers(values, spec, path, report)
+    return _objects(values, spec) if spec.dtype == "object" else column
+
+
+def _anything(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> Array:
+    """Return numbers as numbers, true and false as such, and what has anything else as objects."""
+    types = set(map(type, values))
+    if types == {bool}:
+        return np.array(values, dtype=bool)
+    if types <= _NUMERIC_OR_NULL | {bool} and types != {bool, type(None)}:
+        return _numbers(values, spec, path, report)
+    largest = float(np.finfo(np.float64).max)
+    for index, value in enumerate(values):
+        if type(value) in (int, float):
+            taken = not abs(value) > largest
+        else:
+            taken = type(value) in (str, bool) or value is _ABSENT or (value is None and spec.nullable)
+        if not taken:
+            report.add(path(index), spec.expected, value)
+    return _objects(values, spec)
+
+
+def _numbers(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> Array:
     allowed = {float, int} | ({type(None)} if spec.nullable else set()) | ({bool} if spec.assumed else set())
     storage = _storage("FP64", spec.dtype)
     if set(map(type, values)) <= allowed:
@@ -461,6 +511,8 @@ def _int64(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> 
             report.add(path(index), spec.expected, value)
     if len(result) != len(values):
         return np.zeros(len(values))
+    if spec.dtype == "object":
+        return _objects(result, spec)
     if some_missing:
         return np.array(result, dtype=np.float64 if _is_numpy(spec.dtype) else object)
     return np.array(result, dtype=_storage("INT64", spec.dtype))

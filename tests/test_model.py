@@ -20,11 +20,12 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfVectorizer
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.naive_bayes import MultinomialNB
-from sklearn.neighbors import KNeighborsRegressor
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.preprocessing import (
     FunctionTransformer,
     LabelBinarizer,
     LabelEncoder,
+    MultiLabelBinarizer,
     OneHotEncoder,
     PowerTransformer,
     StandardScaler,
@@ -397,3 +398,64 @@ def test_sparse_matrices_pass_between_stages():
         answer(serve(model, encoder), NUMBERS[:, None].tolist())
         == model.predict(encoder.transform(NUMBERS[:, None])).tolist()
     )
+
+
+def test_the_classes_behind_an_encoder_are_in_the_order_of_the_models_columns():
+    encoder = LabelEncoder().fit(["bird", "cat", "dog"])
+    codes = encoder.transform(np.resize(["dog", "cat", "bird"], len(X)))
+    model = serve(LogisticRegression().fit(X, codes), encoder)
+
+    assert model.signature.classes == ["bird", "cat", "dog"]
+    assert (
+        wire(model.predict(model.signature.validate(X.tolist()), "predict"))
+        == encoder.inverse_transform(model.estimator.predict(X)).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("estimator", "labels", "reason"),
+    [
+        (LogisticRegression().fit(X, np.arange(len(X)) % 2), ["basic", "free", "pro"], "knows 3 labels.* 2 classes"),
+        (LogisticRegression().fit(X, np.arange(len(X)) % 2 + 1), ["bird", "cat", "dog"], "knows 3 labels.* 2 classes"),
+        (LinearRegression().fit(X, X[:, 0]), ["basic", "free"], "LinearRegression has none"),
+    ],
+)
+def test_an_encoder_of_something_else_is_refused(estimator, labels, reason):
+    with pytest.raises(CompanionFailed, match=reason):
+        serve(estimator, LabelEncoder().fit(labels))
+
+
+def test_several_labels_a_row_are_decoded():
+    rows = [["red", "round"], ["round"], []] * (len(X) // 3)
+    encoder = MultiLabelBinarizer().fit(rows)
+    estimator = KNeighborsClassifier(1).fit(X[: len(rows)], encoder.transform(rows))
+    model = serve(estimator, encoder)
+
+    served = wire(model.predict(model.signature.validate(X[: len(rows)].tolist()), "predict"))
+
+    assert served == [list(labels) for labels in encoder.inverse_transform(estimator.predict(X[: len(rows)]))]
+    assert ["round"] in served
+
+
+@pytest.mark.parametrize("output", ["default", "pandas"])
+def test_columns_between_a_companion_and_its_model_are_matched_by_name(output):
+    frame = pd.DataFrame(X, columns=[f"c{position}" for position in range(X.shape[1])])
+    turned = frame[frame.columns[::-1]]
+    scaler = StandardScaler().fit(turned)
+    scaled = pd.DataFrame(scaler.transform(turned), columns=turned.columns)[frame.columns]
+    estimator = LinearRegression().fit(scaled, frame["c0"] * 3)
+    model = serve(estimator, scaler.set_output(transform=output))
+
+    served = wire(model.predict(model.signature.validate(frame.to_dict("records")), "predict"))
+
+    assert served == pytest.approx(estimator.predict(scaled).tolist())
+    assert served == pytest.approx((frame["c0"] * 3).tolist())
+
+
+def test_a_companion_that_shares_only_some_columns_with_its_model_is_refused():
+    frame = pd.DataFrame(X[:, :2], columns=["a", "b"])
+    scaler = StandardScaler().fit(frame)
+    estimator = LinearRegression().fit(frame.rename(columns={"b": "c"}), X[:, 0])
+
+    with pytest.raises(CompanionFailed, match="share some columns, but not 'c'"):
+        serve(estimator, scaler)

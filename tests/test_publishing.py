@@ -21,13 +21,23 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, LabelEncoder, OneHotEncoder, StandardScaler
 
-from app import publishing
-from app.errors import BundleError, GoldenMismatch, LoadFailed, PublishError, UnusableExamples, UnusableModel
+from app import inspection, publishing
+from app.errors import (
+    BundleError,
+    GoldenMismatch,
+    InvalidInput,
+    LoadFailed,
+    PublishError,
+    UnusableExamples,
+    UnusableModel,
+)
 from app.manifest import Manifest
-from app.model import Model
+from app.model import Model, wire
 from app.names import ModelRef
 from app.publishing import part_from_file, part_from_object, read_examples
+from tests import estimators
 from tests.test_loaders import written_by
+from tests.toys import Fails, Lengths, Listed, lengths, small, years
 from tests.zoo import CATEGORIES, COUNT, MIXED, NAMED, REAL, RECORDS, TEXTS, WORDS, X, fitted
 
 REF = ModelRef("churn", "7")
@@ -181,6 +191,136 @@ def test_a_draft_keeps_a_hundred_rows_and_no_more_than_a_quarter_of_a_megabyte()
     assert len(many.golden.instances) == 100
     assert len(long.golden.instances) == 5
     assert len(json.dumps(wide.golden.outputs)) < 300_000
+
+
+def bare(estimator: Any) -> Model:
+    return Model(REF, inspection.infer([], estimator), estimator)
+
+
+def ask(model: Model, instances: list[Any]) -> list[Any]:
+    return wire(model.predict(model.signature.validate(instances), "predict"))
+
+
+PLANS = pd.DataFrame({"plan": ["Pro", "free", "PRO", "Free"] * 5, "age": [1.0, 2, 3, 4] * 5})
+SPENT = np.arange(20.0)
+
+
+def test_a_column_behind_a_function_is_taken_as_it_comes():
+    words = make_pipeline(FunctionTransformer(small), OneHotEncoder())
+    columns = ColumnTransformer([("w", words, ["plan"]), ("n", StandardScaler(), ["age"])])
+    model = bare(make_pipeline(columns, Ridge()).fit(PLANS, SPENT))
+
+    assert ask(model, PLANS.to_dict("records")) == model.estimator.predict(PLANS).tolist()
+    with pytest.raises(InvalidInput, match=r"instances\[0\]\.age: expected FP64, got"):
+        ask(model, [{"plan": "Pro", "age": "old"}])
+    with pytest.raises(InvalidInput, match="nothing tells what its columns hold: publish it with --examples"):
+        ask(model, [{"plan": None, "age": 1}, {"plan": "a", "age": 1}, {"plan": True, "age": 1}])
+
+
+def test_a_column_that_passes_into_a_function_is_taken_as_it_comes():
+    columns = ColumnTransformer([("w", "passthrough", ["plan"])])
+    model = bare(make_pipeline(columns, FunctionTransformer(lengths), Ridge()).fit(PLANS, SPENT))
+
+    assert ask(model, [["Pro"], ["free"]]) == model.estimator.predict(PLANS[:2]).tolist()
+
+
+def test_columns_within_columns_are_known():
+    inner = ColumnTransformer([("w", OneHotEncoder(), ["plan"]), ("n", StandardScaler(), ["age"])])
+    outer = ColumnTransformer([("n", StandardScaler(), ["more"]), ("inner", inner, ["age", "plan"])])
+    table = PLANS.assign(more=1.0, unused=2.0)
+    model = bare(make_pipeline(outer, Ridge()).fit(table, SPENT))
+
+    assert {spec.name: (spec.datatype, spec.is_anything) for spec in model.signature.inputs} == {
+        "plan": ("BYTES", False), "age": ("FP64", False), "more": ("FP64", False),
+    }  # fmt: skip
+    assert model.signature.ignored == ("unused",)
+    assert ask(model, table.to_dict("records")) == model.estimator.predict(table).tolist()
+
+
+def test_a_bare_model_behind_a_class_of_ones_own_takes_lists_of_anything_and_says_how_to_send_objects():
+    model = bare(make_pipeline(Lengths(), Ridge()).fit(PLANS[["plan"]], SPENT))
+
+    assert ask(model, [["Pro"], ["free"]]) == model.estimator.predict(PLANS[["plan"]][:2]).tolist()
+    with pytest.raises(InvalidInput, match="publish it with --examples to send objects"):
+        ask(model, [{"plan": "Pro"}])
+
+
+def test_functions_of_numpy_take_numbers():
+    model = bare(make_pipeline(FunctionTransformer(np.exp), Ridge()).fit(NAMED, REAL))
+
+    with pytest.raises(InvalidInput, match="expected FP64, got"):
+        ask(model, [["x", 1, 2, 3]])
+
+
+def test_zip_codes_of_csv_are_strings_where_they_were_in_training(tmp_path):
+    table = pd.DataFrame({"zip": ["01234", "99999", None, "00001"] * 5, "age": range(20)})
+    columns = ColumnTransformer([("w", OneHotEncoder(), ["zip"]), ("n", StandardScaler(), ["age"])])
+    estimator = make_pipeline(columns, Ridge()).fit(table, SPENT)
+    table.assign(target=1).to_csv(tmp_path / "x.csv", index=False)
+
+    made = draft(estimator, read_examples(tmp_path / "x.csv"))
+
+    assert made.golden is not None
+    assert made.golden.instances[:3] == [["01234", 0], ["99999", 1], [None, 2]]
+    assert np.allclose(made.golden.outputs["predict"], estimator.predict(table))
+
+
+def test_csv_of_a_model_without_names_is_strings_by_position(tmp_path):
+    table = np.array([["01234", "1"], ["99999", "2"]], dtype=object)
+    pd.DataFrame(table, columns=["zip", "n"]).to_csv(tmp_path / "x.csv", index=False)
+
+    made = draft(OneHotEncoder().fit(table), read_examples(tmp_path / "x.csv"))
+
+    assert made.golden is not None
+    assert made.golden.instances == table.tolist()
+
+
+@pytest.mark.parametrize("encoder", [OneHotEncoder(), FunctionTransformer(years)])
+def test_times_of_csv_are_refused_with_the_way_out(tmp_path, encoder):
+    table = pd.DataFrame({"since": pd.to_datetime(["2024-01-01", "2025-01-01"])})
+    estimator = make_pipeline(encoder, Ridge()).fit(table, [1, 2])
+    table.to_csv(tmp_path / "x.csv", index=False)
+
+    with pytest.raises(UnusableExamples, match=r"'since' .*: use parquet, or save\(\) with a DataFrame"):
+        draft(estimator, read_examples(tmp_path / "x.csv"))
+
+
+@pytest.mark.parametrize("values", [[1, None, 3], [1, 2, 3], [0.5, None, 2], [1, np.nan, 3]])
+@pytest.mark.parametrize("ending", [None, "csv", "json"])
+def test_numbers_that_are_objects_stay_what_they_were(tmp_path, values, ending):
+    table = pd.DataFrame({"a": pd.Series(values * 4, dtype=object)})
+    estimator = make_pipeline(OneHotEncoder(), Ridge()).fit(table, range(12))
+    examples = table
+    if ending:
+        path = tmp_path / f"x.{ending}"
+        table.to_csv(path, index=False) if ending == "csv" else table.to_json(path, orient="records")
+        examples = read_examples(path)
+
+    made, model = draft(estimator, examples), bare(estimator)
+    sent = [[None if pd.isna(value) else value] for value in table["a"]]
+
+    assert made.golden is not None
+    assert made.golden.outputs["predict"] == estimator.predict(table).tolist()
+    assert ask(model, sent) == ask(model, [[value] for [value] in sent]) == estimator.predict(table).tolist()
+
+
+def test_a_column_of_intervals_is_named():
+    cut = pd.DataFrame({"age": pd.cut(pd.Series(range(20)), 3)})
+
+    with pytest.raises(UnusableExamples, match="column 'age': a value of type Interval cannot be written as JSON"):
+        draft(make_pipeline(FunctionTransformer(lengths), Ridge()).fit(cut, SPENT), cut)
+
+
+def test_a_failing_publish_says_the_cause_and_sends_nobody_to_a_log():
+    with pytest.raises(UnusableExamples) as caught:
+        draft(Fails(), np.ones((2, 3)))
+
+    assert "ZeroDivisionError" in str(caught.value)
+    assert "log" not in str(caught.value)
+
+
+def test_a_list_of_numpy_floats_is_one_output():
+    assert draft(Listed(), np.ones((2, 3))).signature.outputs[0].shape == (-1,)
 
 
 def test_companions_come_first_in_their_order():
@@ -340,3 +480,18 @@ def test_the_signature_says_what_each_method_gives():
     classes = len(set(WORDS))
     assert by_method["predict"] == ("BYTES", (-1,))
     assert by_method["predict_proba"] == ("FP64", (-1, classes))
+
+
+@pytest.mark.parametrize(
+    ("function", "examples", "rowwise"),
+    [
+        (estimators.doubled, X, True),
+        (estimators.less_the_mean, X, False),
+        (estimators.doubled, None, False),  # nothing has shown what it does
+        (np.log1p, None, True),  # a ufunc: each value for itself
+    ],
+)
+def test_whether_a_row_may_be_computed_beside_others_is_found_out(function, examples, rowwise):
+    model = make_pipeline(FunctionTransformer(function), Ridge()).fit(np.abs(X), REAL)
+
+    assert draft(model, None if examples is None else np.abs(examples)).signature.rowwise is rowwise

@@ -113,6 +113,21 @@ async def test_rows_of_different_dtypes_and_methods_are_not_joined(gate):
     await runner.retire()
 
 
+async def test_rows_that_depend_on_each_other_are_not_joined(gate):
+    estimator = estimators.Gated()
+    signature = inspection.infer((), estimator).model_copy(update={"rowwise": False})
+    runner = Runner(Model(ModelRef("sum", "1"), signature, estimator))
+    first = asyncio.create_task(ask(runner, [[1, 1, 1]]))
+    await started()
+    others = [asyncio.create_task(ask(runner, [[1, 1, 1]])) for _ in range(3)]
+    await settled()
+    gate.set()
+    await asyncio.gather(first, *others)
+
+    assert runner.counters.batches == 4
+    await runner.retire()
+
+
 async def test_one_bad_row_in_a_shared_batch_fails_its_caller_only():
     runner = made(estimators.Picky())
     answers = await asyncio.gather(

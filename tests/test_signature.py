@@ -36,8 +36,12 @@ MIXED = signature(
 ANY_WIDTH = signature(layout="matrix")
 TEXT = signature(column("text", "BYTES", "object", nullable=False), layout="text")
 RECORDS = signature(column("records", "BYTES", "object", nullable=False), layout="records")
-ALL = [NUMERIC, FLOAT32, MIXED, ANY_WIDTH, TEXT, RECORDS]
+ANYTHING = signature(column("a", dtype="object", assumed=True), column("b"))
+UNTOLD = "nothing tells this model's columns: publish it with --examples to send objects"
 GOOD = {"age": 41, "income": 2.5, "plan": "pro", "active": True, "since": "2024-02-29T12:00:00", "größe (m)": 1.8}
+
+
+ALL = [NUMERIC, FLOAT32, MIXED, ANY_WIDTH, ANYTHING, TEXT, RECORDS]
 
 
 def violations(sign: Signature, instances: Any) -> list[tuple[str, str, str]]:
@@ -214,9 +218,10 @@ def test_no_rows_are_refused(sign):
         (NUMERIC, [], "2 values"),
         (NUMERIC, [1, 2, 3], "2 values"),
         (NUMERIC, [[1, 2]], "2 values"),
-        (ANY_WIDTH, [], "a list of numbers"),
-        (ANY_WIDTH, {}, "a list of numbers"),
-        (ANY_WIDTH, 3, "a list of numbers"),
+        (ANY_WIDTH, [], "a list of values"),
+        (ANY_WIDTH, {}, "a list of values"),
+        (ANY_WIDTH, {"a": 1}, f"a list of values ({UNTOLD})"),
+        (ANY_WIDTH, 3, f"a list of values ({UNTOLD})"),
         (TEXT, 3, "a string"),
         (TEXT, ["a", "b"], "a string"),
         (TEXT, None, "a string"),
@@ -265,6 +270,44 @@ def test_a_time_that_its_offset_moves_out_of_the_calendar_is_refused():
 
 def test_a_number_of_an_unknown_column_may_be_true_or_false():
     assert MIXED.validate([{**GOOD, "größe (m)": True}]).frame()["größe (m)"][0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("sent", "dtype", "handed_on"),
+    [
+        (["Pro", "01234"], "object", ["Pro", "01234"]),
+        (["Pro", 3], "object", ["Pro", 3]),
+        ([True, "Pro"], "object", [True, "Pro"]),
+        ([True, False], "bool", [True, False]),
+        ([3, 2.5], "float64", [3.0, 2.5]),
+        ([True, 2.5], "float64", [1.0, 2.5]),
+    ],
+)
+def test_a_column_of_which_nothing_is_known_has_what_came(sent, dtype, handed_on):
+    rows = ANYTHING.validate([[value, 1] for value in sent])
+
+    assert rows.frame()["a"].dtype == dtype
+    assert rows.frame()["a"].tolist() == handed_on
+    assert rows.guessed == (dtype == "object")
+
+
+def test_null_where_nothing_is_known_is_missing_and_lists_are_refused():
+    assert ANYTHING.validate([["Pro", 1], [None, 1]]).frame()["a"].isna().tolist() == [False, True]
+    assert violations(ANYTHING, [[[1], "x"], [10**400, 1]]) == [
+        ("instances[0][0]", "a number, a string, true, false or null", "[1]"),
+        ("instances[1][0]", "a number, a string, true, false or null", "1" + "0" * 58 + "…"),
+        ("instances[0][1]", "FP64 or null", '"x"'),
+    ]
+
+
+def test_numbers_that_were_objects_in_training_are_objects():
+    sign = signature(
+        column("a", "INT64", "object", missing="none"), column("b", dtype="object", missing="none"), column("c")
+    )
+    frame = sign.validate([[1, 0.5, 1], [None, None, 1]]).frame()
+
+    assert frame["a"].tolist() == [1, None]
+    assert frame["b"].tolist() == [0.5, None]
 
 
 def test_too_many_rows_are_too_large():

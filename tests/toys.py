@@ -52,3 +52,32 @@ class Waits(Sum):
         BEGUN.release()
         assert GATE.wait(60)
         return super().predict(rows)
+
+
+class Listed(Sum):
+    """Answers with a list of numpy's floats, as a loop does."""
+
+    def predict(self, rows: Any) -> Any:
+        return list(super().predict(rows))
+
+
+class Lengths:
+    """Counts the letters in every cell; remembers nothing of what it was fitted on."""
+
+    def fit(self, table: Any, target: Any = None) -> Lengths:
+        return self
+
+    def transform(self, table: Any) -> Any:
+        return lengths(table)
+
+
+def lengths(table: Any) -> Any:
+    return np.array([[len(str(value)) for value in row] for row in np.asarray(table)])
+
+
+def small(table: Any) -> Any:
+    return table.apply(lambda column: column.map(str.lower))
+
+
+def years(table: Any) -> Any:
+    return table.apply(lambda column: column.dt.year)

@@ -156,7 +156,9 @@ def encode(call: Call, prediction: Prediction) -> bytes:
     model = call.runner.model
     body: dict[str, Any] = {"model": model.ref.name, "version": model.ref.version, "predictions": wire(prediction)}
     signature = model.signature
-    several = isinstance(prediction, tuple) or prediction.ndim == 2  # a binary decision function has one number for both
+    several = (
+        isinstance(prediction, tuple) or prediction.ndim == 2
+    )  # a binary decision function has one number for both
     if several and signature.classes is not None and call.method in signature.by_class:
         body["classes"] = signature.classes
     return orjson.dumps(body)
