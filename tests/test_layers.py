@@ -23,7 +23,6 @@ ORDER = [
     "storage.local",
     "storage.copy",
     "storage.r2",
-    "seal",
     "manifest",
     "index",
     "loaders",
