@@ -15,13 +15,22 @@ DisklessError
 │   ├── InvalidManifest
 │   ├── ArtifactMissing
 │   ├── DigestMismatch
+│   ├── SealError              nobody whom this service trusts says that this version is right
+│   │   └── SealMissing, InvalidSeal, ForeignSeal, SealBroken
+│   ├── VersionMismatch        trained with another scikit-learn or numpy than is here
+│   ├── NoRoom                 loading it would take more memory than there is
 │   ├── LoadFailed             the bytes are not an object of the format they claim
+│   │   └── UntrustedType      the file mentions a class or function that is not trusted
 │   ├── CompanionFailed        a scaler, encoder or preprocessor is missing, broken or does not fit
 │   ├── UnusableModel          loaded, but not something that predicts
 │   └── GoldenMismatch         the golden rows did not come out
 ├── PublishError
 │   ├── VersionExists
-│   ├── PublishConflict        the index kept changing under us
+│   ├── PublishConflict        somebody else changed the index first
+│   ├── UnknownVersion         the index has no such name, version or alias
+│   ├── VersionInUse           an alias names it
+│   ├── NothingToRollBackTo
+│   ├── UnusableKey            the private key cannot be read or written
 │   └── UnusableExamples
 └── RequestError               one caller's request cannot be answered; `code` is what the wire says
     ├── InvalidJson, InvalidRequest, InvalidInput, RequestTooLarge
@@ -62,7 +71,12 @@ class ObjectNotFound(StorageError):
 
 
 class PreconditionFailed(StorageError):
-    """The object is not (or no longer) in the state that the caller required."""
+    """The object is not (or no longer) in the state that the caller required.
+
+    `unsure` is set when an earlier attempt of the same write got no answer: that one may have been done, and overtaken.
+    """
+
+    unsure = False
 
 
 class InvalidRange(StorageError):
@@ -101,8 +115,40 @@ class DigestMismatch(BundleError):
     """Bytes differ from what the manifest recorded."""
 
 
+class SealError(BundleError):
+    """A version's seal does not say that somebody whom this service trusts published it."""
+
+
+class SealMissing(SealError):
+    """The version has no seal."""
+
+
+class InvalidSeal(SealError):
+    """The object in the seal's place is not a seal that this release can read."""
+
+
+class ForeignSeal(SealError):
+    """The seal was made with a key that is not trusted here."""
+
+
+class SealBroken(SealError):
+    """The signature is not one of a trusted key over these bytes: manifest or seal were altered, or belong elsewhere."""
+
+
+class VersionMismatch(BundleError):
+    """The model was trained with another scikit-learn or numpy than is here."""
+
+
+class NoRoom(BundleError):
+    """Loading the model would take more memory than is free."""
+
+
 class LoadFailed(BundleError):
     """The bytes do not become an object."""
+
+
+class UntrustedType(LoadFailed):
+    """The file mentions a class or function that is not trusted."""
 
 
 class CompanionFailed(BundleError):
@@ -126,7 +172,23 @@ class VersionExists(PublishError):
 
 
 class PublishConflict(PublishError):
-    """The index changed under every attempt to change it."""
+    """Somebody else moved the alias first, or the index changed under every attempt to change it."""
+
+
+class UnknownVersion(PublishError):
+    """The index has no such name, version or alias."""
+
+
+class VersionInUse(PublishError):
+    """An alias names the version that was to be unpublished."""
+
+
+class NothingToRollBackTo(PublishError):
+    """The alias never named another version that is still there."""
+
+
+class UnusableKey(PublishError):
+    """The private key cannot be read, is none, or cannot be written."""
 
 
 class UnusableExamples(PublishError):

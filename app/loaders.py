@@ -1,4 +1,4 @@
-"""From a stream of bytes to the object in it: one function for each format.
+"""From a stream of bytes to the object in it: one function for each format, none of which runs what is in the bytes.
 
 A stream is a buffered, seekable reader; whoever made it has checked, or will check, the digests of what it yields. An
 error that the stream raises reaches the caller as it is, all others become `LoadFailed`.
@@ -7,18 +7,19 @@ error that the stream raises reaches the caller as it is, all others become `Loa
 from __future__ import annotations
 
 import io
-import pickle
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from app import versions
 from app.errors import DisklessError, LoadFailed
 
 STREAM_BUFFER_BYTES = 1024 * 1024  # unpicklers read a few bytes at a time: let a buffer written in C answer them
+MAX_WARNINGS = 100
 MAX_REASON = 300  # characters of a foreign error that are kept
 
 
@@ -31,10 +32,20 @@ class Loaded:
     trained_version: str | None = None
 
 
-def load(format: str, stream: Any, label: str) -> Loaded:
+def load(
+    format: str,
+    stream: Any,
+    label: str,
+    *,
+    trusted: frozenset[str] = frozenset(),
+    max_bytes: int | None = None,
+    trained_with: Mapping[str, str] | None = None,
+) -> Loaded:
     """Read the object of `format` (joblib, pickle or skops) from `stream`, a binary file object; `label` names it in errors.
 
-    Raises `LoadFailed` when the bytes are not such an object.
+    `trusted` are the full names of classes and functions that the file may mention beside those of the list; `max_bytes`
+    is what the process may grow by meanwhile, and the most that a compressed file may become (by default a multiple of
+    its size); `trained_with` are the versions that were recorded with it, to explain a failure by. Raises `UntrustedType`, or `LoadFailed` when the bytes are not such an object.
     """
     loader = LOADERS.get(format)
     if loader is None:
@@ -43,12 +54,16 @@ def load(format: str, stream: Any, label: str) -> Loaded:
     with _listening() as heard:
         try:
             if not buffered.peek(1):
-                raise LoadFailed(f"{label}: is empty")
-            value = loader(buffered)
+                raise LoadFailed("is empty")
+            value = loader(buffered, trusted=trusted, max_bytes=max_bytes)
+        except LoadFailed as error:
+            raise type(error)(f"{label}: {error}{_hint(error, heard, trained_with)}") from error
         except DisklessError:
             raise
-        except Exception as error:  # unpickling runs the constructors of any class: any exception can come out
-            raise LoadFailed(f"{label}: cannot be read as {format}: {reason(error)}{_hint(error, heard)}") from error
+        except (Exception, SystemExit) as error:  # broken bytes, and what the operator trusts, can raise anything
+            raise LoadFailed(
+                f"{label}: cannot be read as {format}: {reason(error)}{_hint(error, heard, trained_with)}"
+            ) from error
         finally:
             buffered.detach()  # a buffer that goes away closes what it reads from, and its owner is not done with it
     return Loaded(value, tuple(dict.fromkeys(map(reason, heard))), _written_by(heard))
@@ -66,17 +81,22 @@ _PATH = re.compile(r"(?<![\w:/.])/(?:[^/\s'\"<>()]+/)+([^/\s'\"<>()]*)")
 
 def _written_by(heard: list[Warning | str]) -> str | None:
     """Return the version of scikit-learn that wrote a model, where it is not the one that has read it."""
-    return next((found for item in heard if (found := getattr(item, "original_sklearn_version", None))), None)
+    found = next((found for item in heard if (found := getattr(item, "original_sklearn_version", None))), None)
+    return found if isinstance(found, str) and _VERSION.fullmatch(found) else None  # it is what the file says
 
 
-def _hint(error: Exception, heard: list[Warning | str]) -> str:
+_VERSION = re.compile(r"[0-9A-Za-z.+_-]{1,50}")
+
+
+def _hint(error: BaseException, heard: list[Warning | str], trained_with: Mapping[str, str] | None) -> str:
     """Say what most likely is the matter with a file that was read half."""
-    from sklearn import __version__
-
-    if (written := _written_by(heard)) is not None:
-        return f"; scikit-learn {written} wrote it and {__version__} reads it here: save it again with {__version__}"
-    if isinstance(error, (ImportError, AttributeError)):
-        return f"; it needs a module that is not installed here, or another scikit-learn than {__version__} wrote it"
+    written = _written_by(heard)
+    recorded = {**(trained_with or {}), **({"scikit-learn": written} if written else {})}
+    if told := versions.explain(error, recorded):
+        return f"; {told}"
+    here = versions.present_versions().get("scikit-learn")
+    if written is not None:
+        return f"; scikit-learn {written} wrote it and {here} reads it here: save it again with {here}"
     return ""
 
 
@@ -103,7 +123,8 @@ def _listening() -> Iterator[list[Warning | str]]:
 def _show(message: Warning | str, *details: Any, **options: Any) -> None:
     heard: list[Warning | str] | None = getattr(_thread, "heard", None)
     if heard is not None:
-        heard.append(message)
+        if len(heard) < MAX_WARNINGS:  # a file can give one for each of its objects
+            heard.append(message)
     else:
         _show_elsewhere(message, *details, **options)
 
@@ -111,63 +132,22 @@ def _show(message: Warning | str, *details: Any, **options: Any) -> None:
 _show_elsewhere: Callable[..., None] = warnings.showwarning
 
 
-def load_joblib(stream: io.BufferedReader) -> Any:
-    """Read what `joblib.dump` wrote, compressed or not."""
-    import joblib
+def load_pickle(stream: io.BufferedReader, *, trusted: frozenset[str], max_bytes: int | None) -> Any:
+    """Read a pickle, or what `joblib.dump` wrote: many people call either by the other's ending."""
+    from app.loading import pickles
 
-    return joblib.load(stream)
-
-
-def load_pickle(stream: io.BufferedReader) -> Any:
-    """Read a pickle. `.pkl` is also what many people call the file that `joblib.dump` wrote: that is read, too."""
-    if stream.peek(1)[:1] != pickle.PROTO:
-        return load_joblib(stream)
-    try:
-        return _PlainUnpickler(stream).load()
-    except _WrittenByJoblib:
-        stream.seek(0)
-        return load_joblib(stream)
+    return pickles.unpickle(stream, trusted=trusted, max_bytes=max_bytes)
 
 
-class _WrittenByJoblib(Exception):
-    """The stream refers to joblib's array wrapper: the bytes of the arrays stand between the pickle's own."""
+def load_skops(stream: io.BufferedReader, *, trusted: frozenset[str], max_bytes: int | None) -> Any:
+    """Read what `skops.io.dump` wrote."""
+    from app.loading import archives
+
+    return archives.load(stream, trusted=trusted, max_bytes=max_bytes)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "joblib.numpy_pickle":
-            raise _WrittenByJoblib
-        return super().find_class(module, name)
-
-
-# What skops leaves to its users to trust: the parts of scikit-learn's own models that hold numbers, and run nothing.
-SKOPS_TRUSTED = [
-    "numpy.dtype",
-    "sklearn.calibration._CalibratedClassifier",
-    "sklearn.calibration._SigmoidCalibration",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-    "sklearn.metrics._dist_metrics.EuclideanDistance64",
-    "sklearn.metrics._scorer._PassthroughScorer",
-    "sklearn.model_selection._split.KFold",
-    "sklearn.model_selection._split.StratifiedKFold",
-    "sklearn.neighbors._ball_tree.BallTree",
-    "sklearn.neighbors._kd_tree.KDTree",
-    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
-    "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
-    "sklearn.tree._tree.Tree",
-    "sklearn.utils._bunch.Bunch",
-]
-
-
-def load_skops(stream: io.BufferedReader) -> Any:
-    """Read what `skops.io.dump` wrote, if every type in it is one that skops or we trust."""
-    import skops.io
-
-    return skops.io.load(stream, trusted=SKOPS_TRUSTED)
-
-
-LOADERS: dict[str, Callable[[io.BufferedReader], Any]] = {
-    "joblib": load_joblib,
+LOADERS: dict[str, Callable[..., Any]] = {
+    "joblib": load_pickle,
     "pickle": load_pickle,
     "skops": load_skops,
 }

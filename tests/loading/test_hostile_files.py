@@ -1,0 +1,171 @@
+"""Nothing in a file runs, fills the memory or ends the process, and whatever is wrong with it is said.
+
+The files are read by a process of its own, which is the same for all of them: it must go on. What it does is watched.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.preprocessing import MultiLabelBinarizer
+from threadpoolctl import threadpool_limits
+
+from app import loaders
+from app.errors import UntrustedType
+from tests.loading.hostile import CORPUS, Canary
+from tests.service import ROOT, clean_environment
+
+MB = 2**20
+ALLOWED_BYTES = 32 * MB
+LATE_BYTES = 32 * MB  # what is taken until the next look, and the file itself
+
+
+class Reader:
+    """A process that reads files."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.loading.watched"],
+            cwd=ROOT,
+            env=clean_environment({}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
+    def read(self, path: Path, format: str, max_bytes: int | None = ALLOWED_BYTES, by: str = "us") -> dict[str, Any]:
+        """Return what became of a file. Fails when the process did not survive it."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(
+            json.dumps({"path": str(path), "format": format, "max_bytes": max_bytes, "by": by}) + "\n"
+        )
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, f"the process ended with {self.process.wait()}"
+        return dict(json.loads(answer))
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with threadpool_limits(1):  # more wait for each other where the models are fitted
+        yield
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Reader]:
+    reader = Reader()
+    yield reader
+    reader.stop()
+
+
+@pytest.fixture
+def canary(tmp_path) -> Iterator[Canary]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        canary = Canary(tmp_path / "canary", server.getsockname()[1])
+        yield canary
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert not canary.path.exists()
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_hostile_file_is_refused_and_nothing_of_it_runs(reader, canary, tmp_path, name):
+    hostile = CORPUS[name]
+    path = tmp_path / "model"
+    path.write_bytes(hostile.make(canary))
+
+    answer = reader.read(path, hostile.format)
+
+    if hostile.says:
+        assert re.search(hostile.says, answer["refused"]), answer
+    assert answer["did"] == []
+    assert answer["children"] == ""
+    assert answer["environment"]
+    assert answer["peak"] < ALLOWED_BYTES + LATE_BYTES
+
+
+@pytest.mark.parametrize("name", ["os.system", "builtins.open", "numpy.load", "numpy.f2py.crackfortran.myeval"])
+def test_who_does_not_look_is_seen_to_do_it(reader, canary, tmp_path, name):
+    path = tmp_path / "model"
+    path.write_bytes(CORPUS[name].make(canary))
+
+    answer = reader.read(path, "joblib", by="joblib")
+
+    assert answer["did"]
+    assert "nothing that is read may do this" in answer["stopped"]
+
+
+def test_a_small_file_may_take_a_quarter_of_a_gigabyte_where_nobody_says_less(reader, tmp_path):
+    path = tmp_path / "model"
+    path.write_bytes(b"\x80\x04" + b"\x8f" * 2_000_000 + b".")  # each a set
+
+    answer = reader.read(path, "pickle", None)
+
+    assert "takes more memory than the 268,435,456 bytes" in answer["refused"]
+    assert answer["peak"] < 256 * MB + LATE_BYTES
+
+
+def test_what_is_not_trusted_is_named_with_the_setting_that_would_allow_it(reader, tmp_path):
+    path = tmp_path / "model"
+    path.write_bytes(CORPUS["several names that are not trusted"].make(Canary(tmp_path / "canary", 1)))
+
+    answer = reader.read(path, "pickle")
+
+    assert answer["kind"] == "UntrustedType"
+    assert answer["refused"] == (
+        "a file: uses os.system, builtins.eval, my_package.Clip, which are not trusted: "
+        "if you trust whoever wrote this file, add them to ML_TRUSTED_TYPES"
+    )
+
+
+def test_a_module_is_not_imported_before_it_is_trusted(tmp_path, monkeypatch):
+    (tmp_path / "sings.py").write_text("class Song: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = b"\x80\x04\x8c\x05sings\x8c\x04Song\x93)\x81."
+
+    with pytest.raises(UntrustedType, match=r"a file: uses sings\.Song"):
+        loaders.load("pickle", io.BytesIO(file), "a file")
+    assert "sings" not in sys.modules
+
+    loaded = loaders.load("pickle", io.BytesIO(file), "a file", trusted=frozenset({"sings.Song"}))
+    assert type(loaded.value).__name__ == "Song"
+
+
+def test_parts_that_answer_more_than_they_are_asked_are_counted():
+    """The places of their answers go into a sparse matrix, which does not look whether it has them."""
+    rows = np.random.default_rng(0).normal(size=(60, 4))
+    model = OneVsRestClassifier(LogisticRegression()).fit(rows, rows[:, :2] > 0)
+    model.estimators_[1] = LogisticRegression().fit(rows, np.arange(60) % 3)
+    read = loaders.load("pickle", io.BytesIO(pickle.dumps(model)), "a file").value
+
+    with pytest.raises(ValueError, match=r"a LogisticRegression gives \(180,\) answers for 60 rows"):
+        read.predict(rows)
+
+
+def test_places_in_a_matrix_that_can_be_counted_again_are():
+    model = MultiLabelBinarizer().fit([["a"], ["b", "c"]])
+    model._cached_dict = {"a": 10**6, "b": 1, "c": 2}
+    read = loaders.load("pickle", io.BytesIO(pickle.dumps(model)), "a file").value
+
+    assert read.transform([["a", "c"]]).tolist() == [[1, 0, 1]]
