@@ -11,26 +11,34 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from app import memory
 from app.errors import StorageUnavailable
 from app.manifest import Artifact, Manifest
 from app.names import ModelRef
 from app.storage.base import ObjectInfo, Storage
 from app.storage.reader import ObjectReader
+from app.trust import Trust
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One object of a bundle; `artifact` has the digests that its bytes must have, None for a bare model."""
+    """One object of a bundle; `artifact` has the digests that its bytes must have, None for a bare model.
+
+    `head` is the first few of its bytes, where they are needed to tell how it is compressed.
+    """
 
     role: str
     format: str
     info: ObjectInfo
     artifact: Artifact | None = None
+    head: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """The parts of one version, the companions first in the order in which they are applied, the model last.
+
+    `sealed_by` is whose seal was found right; `warnings` is what is worth telling before it is loaded.
 
     Leaving its `with` block ends the reading: a thread that is still at it gets an error instead of waiting for ever.
     """
@@ -41,6 +49,9 @@ class Bundle:
     loop: asyncio.AbstractEventLoop
     manifest: Manifest | None = None
     manifest_sha256: str | None = None
+    trust: Trust = field(default_factory=Trust)
+    sealed_by: str | None = None
+    warnings: tuple[str, ...] = ()
     _streams: _Streams = field(default_factory=lambda: _Streams(), init=False, repr=False, compare=False)
 
     def __enter__(self) -> Self:
@@ -55,6 +66,11 @@ class Bundle:
     def size(self) -> int:
         """All parts together, in bytes."""
         return sum(part.info.size for part in self.parts)
+
+    @property
+    def stored(self) -> list[memory.Stored]:
+        """How the parts are stored, for an estimate of what loading them takes."""
+        return [memory.Stored(part.format, part.info.size, part.head) for part in self.parts]
 
     def open(self, part: Part) -> ObjectReader:
         """Return the stream of a part's bytes, for a thread other than the event loop's. Close it after use.

@@ -6,11 +6,12 @@ Fields that this release does not know are kept: an older release that adds a ve
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.errors import InvalidIndex, VersionExists
+from app.errors import InvalidIndex, NothingToRollBackTo, UnknownVersion, VersionExists, VersionInUse
 from app.names import NAME
 
 FORMAT = 1
@@ -27,7 +28,10 @@ class VersionEntry(BaseModel):
 
 
 class Move(BaseModel):
-    """One move of an alias: to which version, from which, when (ISO 8601, UTC) and by whom."""
+    """One move of an alias: to which version, from which, when (ISO 8601, UTC) and by whom.
+
+    A `rollback` takes moves back instead of adding one: see `ModelEntry.behind`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -35,16 +39,56 @@ class Move(BaseModel):
     previous: str | None = None
     at: str
     by: str = ""
+    rollback: bool = Field(default=False, exclude_if=lambda value: not value)
+
+
+class Removal(BaseModel):
+    """When (ISO 8601, UTC) and by whom a version was unpublished."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    at: str
+    by: str = ""
 
 
 class ModelEntry(BaseModel):
-    """One name: its versions, its aliases, and how each alias moved (the latest move last)."""
+    """One name: its versions, its aliases, and how each alias moved (the latest move last).
+
+    `unpublished` has the labels of versions that were there once: a label never means something else later.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     versions: dict[str, VersionEntry] = Field(default_factory=dict)
     aliases: dict[str, str] = Field(default_factory=dict)
     history: dict[str, tuple[Move, ...]] = Field(default_factory=dict)
+    unpublished: dict[str, Removal] = Field(default_factory=dict, exclude_if=lambda value: not value)
+
+    def aliases_of(self, version: str) -> tuple[str, ...]:
+        """Return the aliases that name `version`."""
+        return tuple(alias for alias, target in self.aliases.items() if target == version)
+
+    def behind(self, alias: str) -> tuple[str, ...]:
+        """Return the versions that `alias` would go back to, the next one first, whether or not they are still there.
+
+        The history is read as a stack: a move lays its version on top, a rollback takes versions off until its own is
+        the top one. So rolling back twice goes two versions back, and not forth again.
+        """
+        stack: list[str] = []
+        for move in self.history.get(alias, ()):
+            if not move.rollback:
+                if not stack and move.previous is not None:  # older moves were dropped
+                    stack.append(move.previous)
+                stack.append(move.version)
+                continue
+            del stack[-1:]
+            while stack and stack[-1] != move.version:
+                stack.pop()
+            if not stack:
+                stack.append(move.version)
+        if stack and stack[-1] == self.aliases.get(alias):  # or else somebody edited the index without a move
+            stack.pop()
+        return tuple(reversed(stack))
 
 
 class _Numbered(BaseModel):
@@ -94,22 +138,89 @@ class Index(BaseModel):
         return index.model_copy(update={"etag": etag})
 
     def next_version(self, name: str) -> str:
-        """Return the next integer label for `name`: one more than its highest integer one, `1` at first."""
-        entry = self.models.get(name)
-        numbers = [int(label) for label in entry.versions if label.isdecimal()] if entry else []
+        """Return the next integer label for `name`: one more than the highest that it ever had, `1` at first."""
+        entry = self.models.get(name, ModelEntry())
+        numbers = [int(label) for label in (*entry.versions, *entry.unpublished) if label.isdecimal()]
         return str(max(numbers, default=0) + 1)
 
-    def with_version(self, name: str, version: str, entry: VersionEntry) -> Index:
-        """Return an index that also has this version. Raises `VersionExists`."""
+    def entry(self, name: str, version: str | None = None) -> ModelEntry:
+        """Return the entry of `name`, which has `version`. Raises `UnknownVersion`, naming what there is."""
+        model = self.models.get(name)
+        if model is None:
+            raise UnknownVersion(f"there is no published model {name!r}; {_there(self.models)}")
+        if version is not None and version not in model.versions:
+            removal = model.unpublished.get(version)
+            gone = f": it was unpublished {_signed(removal.at, removal.by)}" if removal else ""
+            raise UnknownVersion(f"{name} has no version {version!r}{gone}; {_there(model.versions)}")
+        return model
+
+    def check_free(self, name: str, version: str) -> None:
+        """Raise `VersionExists` when the label is taken, or ever was."""
         model = self.models.get(name, ModelEntry())
         if version in model.versions:
             raise VersionExists(f"{name}/{version} exists already: versions never change, choose another label")
+        if removal := model.unpublished.get(version):
+            raise VersionExists(
+                f"{name}/{version} was unpublished {_signed(removal.at, removal.by)}: "
+                "labels are not used again, choose another one"
+            )
+
+    def with_version(self, name: str, version: str, entry: VersionEntry) -> Index:
+        """Return an index that also has this version. Raises `VersionExists`."""
+        self.check_free(name, version)
+        model = self.models.get(name, ModelEntry())
         return self._with(name, model.model_copy(update={"versions": {**model.versions, version: entry}}))
 
-    def with_alias(self, name: str, alias: str, version: str, *, at: str, by: str = "") -> Index:
-        """Return an index in which `alias` names `version`, with the move in the history."""
-        model = self.models[name]
-        move = Move(version=version, previous=model.aliases.get(alias), at=at, by=by)
+    def without_version(self, name: str, version: str, *, at: str, by: str = "", drop_aliases: bool = False) -> Index:
+        """Return an index that lacks this version and says when it went, without its aliases if they may be dropped.
+
+        Raises `UnknownVersion`, `VersionInUse`.
+        """
+        model = self.entry(name, version)
+        aliases = model.aliases_of(version)
+        if aliases and not drop_aliases:
+            remedy = (
+                "let the alias name another version first (promote)"
+                if len(model.versions) > 1
+                else "it is the only version; --drop-aliases takes the model out of service"
+            )
+            raise VersionInUse(f"{name}/{version} is in use: {', '.join(aliases)} of {name} names it; {remedy}")
+        changed: dict[str, Any] = {
+            "versions": {label: entry for label, entry in model.versions.items() if label != version},
+            "aliases": {alias: target for alias, target in model.aliases.items() if target != version},
+            "unpublished": {**model.unpublished, version: Removal(at=at, by=by)},
+        }
+        return self._with(name, model.model_copy(update=changed))
+
+    def rolled_back(self, name: str, alias: str, *, at: str, by: str = "") -> tuple[Index, tuple[str, ...]]:
+        """Return an index in which `alias` names what it named before, and the versions passed over: unpublished since.
+
+        Raises `UnknownVersion` when there is no such name or alias, `NothingToRollBackTo`.
+        """
+        model = self.entry(name)
+        now = model.aliases.get(alias)
+        if now is None:
+            raise UnknownVersion(f"{name} has no alias {alias!r}; {_there(model.aliases)}")
+        behind = model.behind(alias)
+        skipped: list[str] = []
+        for version in behind:
+            if version == now:
+                continue
+            if version in model.versions:
+                return self.with_alias(name, alias, version, at=at, by=by, rollback=True), tuple(skipped)
+            skipped.append(version)
+        since = f"; unpublished since: {', '.join(skipped)}" if skipped else ""
+        raise NothingToRollBackTo(
+            f"{name}: {alias} names {now}, and its history has nothing before that to go back to{since}; "
+            f"{_there(model.versions)}: promote one of them"
+        )
+
+    def with_alias(
+        self, name: str, alias: str, version: str, *, at: str, by: str = "", rollback: bool = False
+    ) -> Index:
+        """Return an index in which `alias` names `version`, with the move in the history. Raises `UnknownVersion`."""
+        model = self.entry(name, version)
+        move = Move(version=version, previous=model.aliases.get(alias), at=at, by=by, rollback=rollback)
         history = (*model.history.get(alias, ()), move)[-HISTORY_LENGTH:]
         changed: dict[str, Any] = {
             "aliases": {**model.aliases, alias: version},
@@ -119,3 +230,11 @@ class Index(BaseModel):
 
     def _with(self, name: str, entry: ModelEntry) -> Index:
         return self.model_copy(update={"models": {**self.models, name: entry}})
+
+
+def _there(labels: Iterable[str]) -> str:
+    return f"there is {', '.join(labels) or 'nothing'}"
+
+
+def _signed(at: str, by: str) -> str:
+    return f"by {by or 'unknown'} at {at}"

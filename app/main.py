@@ -35,7 +35,14 @@ def create_app(settings: Settings | None = None) -> Front:
             timeout_seconds=settings.predict_timeout_seconds,
         )
 
-    refresher = Refresher(manager, registry, make_runner, refresh_seconds=settings.refresh_seconds)
+    refresher = Refresher(
+        manager,
+        registry,
+        make_runner,
+        refresh_seconds=settings.refresh_seconds,
+        memory_limit_bytes=settings.memory_limit_bytes,
+        swap_policy=settings.swap_policy,
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.errors import InvalidManifest
+from app.memory import Taken
 from app.names import NAME, ModelRef
 from app.signature import Signature
 
@@ -64,6 +65,15 @@ class Manifest(BaseModel):
     signature: Signature
     golden: Golden | None = None
     trained_with: dict[str, str] = Field(default_factory=dict, description="versions of Python and the libraries")
+    resident_bytes: int | None = Field(default=None, ge=0, description="what loading takes, afterwards")
+    peak_bytes: int | None = Field(default=None, ge=0, description="what loading takes, at its worst moment")
+
+    @property
+    def memory(self) -> Taken | None:
+        """What its publisher measured a load to take, beyond the libraries; None where nothing was measured."""
+        if self.resident_bytes is None or self.peak_bytes is None:
+            return None
+        return Taken(self.resident_bytes, max(self.resident_bytes, self.peak_bytes))
 
     @property
     def ref(self) -> ModelRef:
@@ -71,7 +81,7 @@ class Manifest(BaseModel):
         return ModelRef(self.name, self.version)
 
     def encode(self) -> bytes:
-        """Return the manifest's bytes, as they are stored (and, later, sealed)."""
+        """Return the manifest's bytes, as they are stored and sealed."""
         return self.model_dump_json(indent=1, exclude_none=True).encode()
 
     @classmethod

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from app import inspection, loaders
+from app import inspection, loaders, memory, versions
 from app.bundle import Bundle, Part
 from app.errors import (
     BundleError,
@@ -25,6 +24,7 @@ from app.errors import (
     GoldenMismatch,
     InvalidInput,
     LoadFailed,
+    NoRoom,
     PredictionFailed,
     RequestError,
     RequestTooLarge,
@@ -66,14 +66,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What loading took and told: seconds by phase, resident bytes gained (measured, so approximate), warnings."""
+    """What loading took and told: seconds by phase, the memory it took (measured, so approximate), warnings.
+
+    `sealed_by` is the name or id of the trusted key that sealed it.
+    """
 
     sources: tuple[Source, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-    resident_bytes: int | None = None
+    taken: memory.Taken | None = None
     warnings: tuple[str, ...] = ()
     trained_with: dict[str, str] = field(default_factory=dict)
-    sealed: bool = False
+    sealed_by: str | None = None
 
 
 class Model:
@@ -109,26 +112,34 @@ class Model:
     def from_bundle(cls, bundle: Bundle) -> Model:
         """Read a bundle's parts and put them together. Runs in a thread of its own, not on the event loop.
 
-        Raises `LoadFailed`, `DigestMismatch`, `CompanionFailed`, `UnusableModel`, or what the storage raises.
+        Raises `LoadFailed`, `NoRoom`, `DigestMismatch`, `CompanionFailed`, `VersionMismatch`, `UnusableModel`, or what the
+        storage raises.
         """
-        map_chunks_apart()
-        started, resident = time.perf_counter(), resident_bytes()
+        memory.map_chunks_apart(CHUNK_BYTES)
+        memory.reset_peak()
+        started, resident = time.perf_counter(), memory.resident_bytes()
         parts = [_read(bundle, part) for part in bundle.parts]
         values = [loaded.value for loaded, _ in parts]
         *companions, estimator = values
         manifest = bundle.manifest
+        told = [*bundle.warnings, *(warning for loaded, _ in parts for warning in loaded.warnings)]
+        written_by = next((loaded.trained_version for loaded, _ in parts if loaded.trained_version), None)
+        trained_with = {"scikit-learn": written_by} if written_by else {}
+        if manifest is None:
+            told += versions.check(trained_with, str(bundle.ref), policy=bundle.trust.version_policy)
         signature = manifest.signature if manifest else inspection.infer(companions, estimator)
         if manifest is None and holds_own_code(values):  # no golden rows have shown that it may be batched
             signature = signature.model_copy(update={"rowwise": False})
-        trim_heap()
-        trained_with = dict(manifest.trained_with) if manifest else {}
-        written_by = next((loaded.trained_version for loaded, _ in parts if loaded.trained_version), None)
+        peak = memory.peak_bytes() - resident
+        memory.trim_heap()
+        gained = max(0, memory.resident_bytes() - resident)
         report = LoadReport(
             sources=tuple(source for _, source in parts),
             seconds={"load": time.perf_counter() - started},
-            resident_bytes=max(0, resident_bytes() - resident),
-            warnings=tuple(dict.fromkeys(warning for loaded, _ in parts for warning in loaded.warnings)),
-            trained_with=trained_with or ({"scikit-learn": written_by} if written_by else {}),
+            taken=memory.Taken(gained, max(gained, peak)),
+            warnings=tuple(dict.fromkeys(told)),
+            trained_with=dict(manifest.trained_with) if manifest and manifest.trained_with else trained_with,
+            sealed_by=bundle.sealed_by,
         )
         golden = manifest.golden if manifest else None
         return cls(bundle.ref, signature, estimator, companions, golden=golden, report=report)
@@ -198,19 +209,27 @@ class Model:
 
 def _read(bundle: Bundle, part: Part) -> tuple[loaders.Loaded, Source]:
     """Read one part, to the last byte. Nothing of its stream is left in memory afterwards."""
+    label = f"{bundle.ref} {part.info.key.rpartition('/')[2]}"
+    trained_with = bundle.manifest.trained_with if bundle.manifest else {}
+    trust = bundle.trust
     with bundle.open(part) as stream:
         try:
-            loaded = loaders.load(part.format, stream, f"{bundle.ref} {part.info.key.rpartition('/')[2]}")
+            loaded = loaders.load(
+                part.format,
+                memory.Watched(stream, label, limit_bytes=trust.memory_limit_bytes),
+                label,
+                trusted=trust.types,
+                max_bytes=trust.bytes_for(part.info.size),
+                trained_with=trained_with,
+            )
             sha256 = stream.finish()
-        except LoadFailed as error:
-            written = bundle.manifest.trained_with.get("scikit-learn") if bundle.manifest else None
-            told = f"{error} (published from scikit-learn {written})" if written else str(error)
-            raise (
-                LoadFailed(told) if part.role == "model" else CompanionFailed(f"{part.role} is broken: {told}")
-            ) from error
+        except NoRoom:
+            raise
         except BundleError as error:
             if part.role == "model":
                 raise
+            if isinstance(error, LoadFailed) and part.artifact is None:
+                stream.finish()  # or were its bytes altered on their way? Then nothing is wrong with the companion
             raise CompanionFailed(f"{part.role} is broken: {error}") from error
     return loaded, Source(part.role, part.info.key, part.info.etag, sha256, part.info.size)
 
@@ -498,38 +517,3 @@ def _computes(value: Any) -> bool:
 
 def _is_sklearn(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "sklearn"
-
-
-def resident_bytes() -> int:
-    """Return this process's resident size, 0 where /proc does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
-
-
-def _c_library() -> Any:
-    import ctypes
-
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None  # None: not glibc
-
-
-_libc = _c_library()
-_M_MMAP_THRESHOLD = -3  # malloc.h
-
-
-def map_chunks_apart() -> None:
-    """Have the C library give each chunk of a stream pages of its own, which go back to the system with the chunk.
-
-    Otherwise each thread that has fetched one keeps the room of two or three, for good: 38 MB beside a model of 105 MB.
-    """
-    if _libc is not None:
-        _libc.mallopt(_M_MMAP_THRESHOLD, CHUNK_BYTES)
-
-
-def trim_heap() -> None:
-    """Give memory that a load has freed back to the system, where the C library can."""
-    if _libc is not None:
-        _libc.malloc_trim(0)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from app import publishing
+from app import publishing, versions
 from app.bundle import Bundle, Part
 from app.errors import (
     ArtifactMissing,
@@ -28,6 +28,7 @@ from app.errors import (
     GoldenMismatch,
     InvalidManifest,
     InvalidName,
+    InvalidRange,
     LoadFailed,
     NotModified,
     ObjectNotFound,
@@ -35,18 +36,24 @@ from app.errors import (
     PublishConflict,
     RequestError,
     StorageError,
+    UnusableKey,
     UnusableModel,
     VersionExists,
 )
-from app.index import Index, VersionEntry
+from app.index import Index, ModelEntry, Move, Removal, VersionEntry
 from app.loaders import LOADERS, reason
 from app.manifest import Artifact, Manifest
+from app.memory import HEAD_BYTES, MEASURED_FROM_BYTES
 from app.model import Model
 from app.names import COMPANION_ROLES, NAME, SUFFIXES, ModelRef, check_name
+from app.seal import MAX_SEAL_BYTES, PrivateKey, read_private_key
+from app.seal import seal as make_seal
 from app.settings import Mode, Settings, load_settings
 from app.storage.base import ObjectInfo, Storage
+from app.trust import Trust
 
 PRODUCTION = "production"
+SEAL = "manifest.seal"
 INDEX_ATTEMPTS = 30
 LABEL_ATTEMPTS = 100
 MAX_STRANGE = 50  # files that are no models, in the list of what was passed over
@@ -103,6 +110,34 @@ class Checked:
     seconds: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """An alias and the version that it names now. `previous` is what it named before, None when there was no such alias.
+
+    Nothing was written unless `changed`. A rollback passed over the versions `skipped`: they were unpublished since.
+    """
+
+    ref: ModelRef
+    alias: str
+    previous: str | None
+    changed: bool
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unpublished:
+    """A version that is gone: how many objects were deleted now, which aliases went with it, and when it was removed.
+
+    `repeated` says that it had been unpublished before, so that only leftovers were looked for.
+    """
+
+    ref: ModelRef
+    objects_deleted: int
+    aliases: tuple[str, ...]
+    removal: Removal
+    repeated: bool
+
+
 def load_checked(bundle: Bundle, *, before_check: Callable[[], None] | None = None) -> Checked:
     """Load a bundle and run its golden rows. It blocks: for a thread other than the event loop's.
 
@@ -141,8 +176,10 @@ class ModelStorageManager:
         bare_models: bool = True,
         companions: Mapping[str, tuple[str, ...]] | None = None,
         aliases: tuple[str, ...] = (PRODUCTION,),
+        trust: Trust | None = None,
     ) -> None:
         self.storage = storage
+        self.trust = trust or Trust()
         self.prefix = prefix
         self._bare_models = bare_models
         self._companions = dict(companions or {})
@@ -150,14 +187,20 @@ class ModelStorageManager:
         self._alone = threading.Lock()  # of `save` and `load`: a storage belongs to one event loop at a time
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> ModelStorageManager:
-        """Return a manager over the storage that the settings call for. Raises `SettingsError`."""
+    def from_settings(
+        cls, settings: Settings, *, moved: Callable[[str, int, int], None] | None = None
+    ) -> ModelStorageManager:
+        """Return a manager over the storage that the settings call for; `moved` is as in `R2Storage`.
+
+        Raises `SettingsError`.
+        """
         return cls(
-            storage_for(settings),
+            storage_for(settings, moved=moved),
             prefix=settings.prefix,
             bare_models=settings.bare_models,
             companions=settings.companions,
             aliases=settings.aliases,
+            trust=settings.trust,
         )
 
     @classmethod
@@ -184,6 +227,8 @@ class ModelStorageManager:
         wanted: dict[ModelRef, Wanted] = {}
         ignored: dict[str, str] = {}
         for name, entry in index.models.items():
+            if not entry.versions:
+                continue  # all were unpublished; what is left is the history
             versions = {alias: entry.aliases[alias] for alias in self._aliases if alias in entry.aliases}
             for version in dict.fromkeys(versions.values()):
                 ref = ModelRef(name, version)
@@ -196,7 +241,7 @@ class ModelStorageManager:
         if self._bare_models:
             for bare in await self._find_bare(previous, companions, ignored):
                 seen[bare.ref.name] = bare.ref.version
-                if bare.ref.name in index.models:
+                if (known := index.models.get(bare.ref.name)) is not None and known.versions:
                     ignored[f"{bare.ref.name} (bare)"] = "a published model has this name"
                 else:
                     wanted[bare.ref] = bare
@@ -280,25 +325,58 @@ class ModelStorageManager:
     async def fetch(self, wanted: Wanted) -> Bundle:
         """Find everything that a version needs and return it, ready to be read.
 
+        What a version says of itself is believed in this order: that it is the one in the index (its digest), that somebody
+        who is trusted says so (its seal), that it was made for these libraries (its versions), and then what it consists of.
         Raises the `BundleError` that says what is missing or wrong, or what the storage raises.
         """
         if wanted.problem is not None:
             raise wanted.problem
         loop = asyncio.get_running_loop()
         if wanted.bare:
-            return Bundle(wanted.ref, wanted.parts, self.storage, loop)
-        body = await self._manifest_bytes(wanted.ref)
+            self.trust.allow_bare(wanted.ref)
+            parts = await asyncio.gather(*(self._with_head(wanted.ref, part) for part in wanted.parts))
+            return Bundle(wanted.ref, tuple(parts), self.storage, loop, trust=self.trust)
+        ref = wanted.ref
+        body, seal = await self._manifest_and_seal(ref)
         found = hashlib.sha256(body).hexdigest()
         if found != wanted.manifest_sha256:
-            raise DigestMismatch(
-                f"{wanted.ref} manifest.json: sha256 is {found}, the index says {wanted.manifest_sha256}"
-            )
-        manifest = Manifest.decode(body, wanted.ref)
-        served = [artifact for artifact in manifest.artifacts if artifact.role in (*COMPANION_ROLES, "model")]
+            raise DigestMismatch(f"{ref} manifest.json: sha256 is {found}, the index says {wanted.manifest_sha256}")
+        sealed_by = self.trust.sealed_by(body, seal, str(ref)) if self.trust.looks_at_seals else None
+        manifest = Manifest.decode(body, ref)
+        warnings = versions.check(manifest.trained_with, str(ref), policy=self.trust.version_policy)
         order = (*COMPANION_ROLES, "model")
+        served = [artifact for artifact in manifest.artifacts if artifact.role in order]
         served.sort(key=lambda artifact: order.index(artifact.role))
-        parts = await asyncio.gather(*(self._part(wanted.ref, artifact) for artifact in served))
-        return Bundle(wanted.ref, tuple(parts), self.storage, loop, manifest, found)
+        parts = await asyncio.gather(*(self._part(ref, artifact) for artifact in served))
+        if manifest.memory is None:
+            parts = await asyncio.gather(*(self._with_head(ref, part) for part in parts))
+        return Bundle(
+            ref, tuple(parts), self.storage, loop, manifest, found, self.trust, sealed_by=sealed_by, warnings=warnings
+        )
+
+    async def _manifest_and_seal(self, ref: ModelRef) -> tuple[bytes, bytes | None]:
+        if not self.trust.looks_at_seals:
+            return await self._manifest_bytes(ref), None
+        return await asyncio.gather(self._manifest_bytes(ref), self._seal_bytes(ref))
+
+    async def _seal_bytes(self, ref: ModelRef) -> bytes | None:
+        try:
+            return (await self.storage.get(self._key(ref, SEAL), span=range(MAX_SEAL_BYTES + 1))).body
+        except ObjectNotFound:
+            return None
+        except InvalidRange:  # an empty object
+            return b""
+
+    async def _with_head(self, ref: ModelRef, part: Part) -> Part:
+        """Read the first bytes of a large part of which nobody has measured what loading it takes: they tell how it is packed."""
+        if part.info.size < MEASURED_FROM_BYTES:
+            return part
+        try:
+            stored = await self.storage.get(part.info.key, span=range(HEAD_BYTES), if_match=part.info.etag)
+        except (ObjectNotFound, PreconditionFailed) as error:
+            file = part.info.key.rpartition("/")[2]
+            raise ArtifactMissing(f"{ref} {file}: the object changed while it was read") from error
+        return replace(part, head=stored.body)
 
     async def _manifest_bytes(self, ref: ModelRef) -> bytes:
         try:
@@ -321,7 +399,7 @@ class ModelStorageManager:
         """Return one version by name, and label or alias. Raises `UnusableModel` when there is no such version."""
         catalogue = await self.catalogue()
         entry = catalogue.index.models.get(name)
-        if entry is not None:
+        if entry is not None and entry.versions:
             label = version or entry.aliases.get(alias)
             if label is None or label not in entry.versions:
                 asked = f"version {version!r}" if version else f"alias {alias!r}"
@@ -336,37 +414,53 @@ class ModelStorageManager:
     # Publishing
 
     async def publish(
-        self, name: str, draft: publishing.Draft, *, version: str | None = None, promote: bool = False
+        self,
+        name: str,
+        draft: publishing.Draft,
+        *,
+        version: str | None = None,
+        promote: bool = False,
+        seal_key: PrivateKey | None = None,
     ) -> tuple[ModelRef, bool]:
         """Store a draft as a new version; return its reference, and whether it is in production now.
 
-        The artifacts are written first, then the manifest, then the index: whatever fails in between leaves nothing that
-        anyone can see. Raises `VersionExists` when the label is taken, `PublishConflict`, or what the storage raises.
+        The artifacts are written first, then the manifest, its seal where there is a key for one, and the index: whatever
+        fails in between leaves nothing that anyone can see. Raises `VersionExists` when the label is taken,
+        `PublishConflict`, or what the storage raises.
         """
         _check_names(name, version)
-        ref, entry = await self._write_version(name, draft, version)
+        ref, entry = await self._write_version(name, draft, version, seal_key)
 
         def add(index: Index) -> Index:
-            first = name not in index.models
+            first = name not in index.models or not index.models[name].versions
             changed = index.with_version(name, ref.version, entry)
             if first or promote:
                 changed = changed.with_alias(name, PRODUCTION, ref.version, at=_now(), by=_who())
             return changed
 
-        index = await self._change_index(add)
+        def is_added(index: Index) -> bool:
+            return index.models.get(name, ModelEntry()).versions.get(ref.version) == entry
+
+        index = await self._change_index(add, is_done=is_added)
         return ref, index.models[name].aliases.get(PRODUCTION) == ref.version
 
     async def _write_version(
-        self, name: str, draft: publishing.Draft, version: str | None
+        self, name: str, draft: publishing.Draft, version: str | None, seal_key: PrivateKey | None
     ) -> tuple[ModelRef, VersionEntry]:
-        label = version or (await self.read_index()).next_version(name)
+        index = await self.read_index()
+        if version is not None:
+            index.check_free(name, version)
+        label = version or index.next_version(name)
         for _ in range(LABEL_ATTEMPTS):
             ref = ModelRef(name, check_name("version", label))
             manifest = draft.manifest(ref, _now())
             try:
                 for part in reversed(draft.parts):  # the model first: its key is what two publishers meet at
                     await self._write_once(self._key(ref, part.path), part.body, resume=version is not None)
-                return ref, await self._write_manifest(manifest, resume=version is not None)
+                entry, body = await self._write_manifest(manifest, resume=version is not None)
+                if seal_key is not None:
+                    await self._write_seal(ref, make_seal(body, seal_key), resume=version is not None)
+                return ref, entry
             except PreconditionFailed as error:
                 if version is not None:
                     raise VersionExists(
@@ -384,8 +478,22 @@ class ModelStorageManager:
             if not resume or (await self.storage.get(key)).body != body:
                 raise
 
-    async def _write_manifest(self, manifest: Manifest, *, resume: bool) -> VersionEntry:
-        """Write the manifest, or find it written by an interrupted publish of the very same; return the index's entry."""
+    async def _write_seal(self, ref: ModelRef, seal: bytes, *, resume: bool) -> None:
+        try:
+            await self._write_once(self._key(ref, SEAL), seal, resume=resume)
+        except PreconditionFailed as error:
+            if not resume:
+                raise
+            raise VersionExists(
+                f"{ref}: an unfinished publish left a seal there that this key did not make: "
+                "publish with that key, or choose another label"
+            ) from error
+
+    async def _write_manifest(self, manifest: Manifest, *, resume: bool) -> tuple[VersionEntry, bytes]:
+        """Write the manifest, or find it written by an interrupted publish of the very same files.
+
+        Return the index's entry, and the bytes that are stored.
+        """
         body, key = manifest.encode(), self._key(manifest.ref, "manifest.json")
         try:
             await self.storage.put(key, body, if_absent=True)
@@ -395,25 +503,126 @@ class ModelStorageManager:
                 raise
             body = (await self.storage.get(key)).body
             stored = Manifest.decode(body, manifest.ref)
-            if stored.model_copy(update={"created": manifest.created}) != manifest:
+            # when it was made, and what loading it took, come out differently each time
+            measured = {name: getattr(manifest, name) for name in ("created", "resident_bytes", "peak_bytes")}
+            if stored.model_copy(update=measured) != manifest:
                 raise
             manifest = stored
-        return VersionEntry(created=manifest.created, manifest_sha256=hashlib.sha256(body).hexdigest())
+        return VersionEntry(created=manifest.created, manifest_sha256=hashlib.sha256(body).hexdigest()), body
 
-    async def _change_index(self, change: Callable[[Index], Index]) -> Index:
-        """Apply `change` to the index as it is now, again and again until nobody was faster."""
+    async def _change_index(
+        self, change: Callable[[Index], Index], *, is_done: Callable[[Index], bool] | None = None
+    ) -> Index:
+        """Apply `change` to the index as it is now, again and again until nobody was faster.
+
+        A change that returns the index that it was given writes nothing. Where an attempt got no answer, and somebody has
+        changed the index since, `is_done` tells whether the change is in it all the same.
+        """
+        unsure = False
         for attempt in range(INDEX_ATTEMPTS):
             index = await self.read_index()
+            if unsure and is_done is not None and is_done(index):
+                return index
             changed = change(index)
+            if changed is index:
+                return index
             try:
                 info = await self.storage.put(
                     self._index_key, changed.encode(), if_match=index.etag, if_absent=index.etag is None
                 )
-            except PreconditionFailed:
+            except PreconditionFailed as error:
+                unsure = unsure or error.unsure
                 await asyncio.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # noqa: S311 - not a secret
                 continue
             return changed.model_copy(update={"etag": info.etag})
         raise PublishConflict(f"the index changed {INDEX_ATTEMPTS} times while it was to be changed: try again")
+
+    # The life of a version
+
+    async def promote(self, name: str, version: str, *, alias: str = PRODUCTION) -> Moved:
+        """Let `alias` name this version. Where it does already, nothing is written.
+
+        Raises `UnknownVersion`; `PublishConflict` when somebody else moved the alias since this call first saw it.
+        """
+        _check_names(name, version)
+        check_name("alias", alias)
+        at, by = _now(), _who()
+        seen: list[ModelEntry] = []
+        changed = False
+
+        def move(index: Index) -> Index:
+            nonlocal changed
+            entry = index.entry(name, version)
+            seen.append(entry)
+            changed = entry.aliases.get(alias) != version
+            if not changed:
+                return index
+            _check_unmoved(name, alias, seen[0], entry)
+            return index.with_alias(name, alias, version, at=at, by=by)
+
+        def is_moved(index: Index) -> bool:
+            return _has_move(index, name, alias, seen[0], Move(version=version, at=at, by=by))
+
+        await self._change_index(move, is_done=is_moved)
+        return Moved(ModelRef(name, version), alias, (seen[0] if changed else seen[-1]).aliases.get(alias), changed)
+
+    async def rollback(self, name: str, *, alias: str = PRODUCTION) -> Moved:
+        """Let `alias` name what it named before its latest move that was not taken back yet.
+
+        Versions that were unpublished since are passed over. Raises `UnknownVersion`, `NothingToRollBackTo`;
+        `PublishConflict` when somebody else moved the alias since this call first saw it.
+        """
+        _check_names(name, None)
+        check_name("alias", alias)
+        at, by = _now(), _who()
+        seen: list[ModelEntry] = []
+        skipped: tuple[str, ...] = ()
+        version = ""
+
+        def move(index: Index) -> Index:
+            nonlocal skipped, version
+            seen.append(index.entry(name))
+            _check_unmoved(name, alias, seen[0], seen[-1])
+            changed, skipped = index.rolled_back(name, alias, at=at, by=by)
+            version = changed.models[name].aliases[alias]
+            return changed
+
+        def is_moved(index: Index) -> bool:
+            return _has_move(index, name, alias, seen[0], Move(version=version, at=at, by=by, rollback=True))
+
+        await self._change_index(move, is_done=is_moved)
+        return Moved(ModelRef(name, version), alias, seen[0].aliases.get(alias), True, skipped)
+
+    async def unpublish(self, name: str, version: str, *, drop_aliases: bool = False) -> Unpublished:
+        """Take a version out of the index, then delete its objects. The name stays, with its history, without versions too.
+
+        What is interrupted in between leaves objects that nothing refers to; unpublishing the version again deletes them.
+        Raises `UnknownVersion`; `VersionInUse` when an alias names it, unless `drop_aliases`: then they go as well.
+        """
+        _check_names(name, version)
+        at, by = _now(), _who()
+        aliases: tuple[str, ...] = ()
+        repeated = False
+
+        def remove(index: Index) -> Index:
+            nonlocal aliases, repeated
+            known = index.models.get(name, ModelEntry())
+            repeated = version in known.unpublished and version not in known.versions
+            if repeated:
+                return index
+            aliases = index.entry(name, version).aliases_of(version)
+            return index.without_version(name, version, at=at, by=by, drop_aliases=drop_aliases)
+
+        def is_removed(index: Index) -> bool:
+            return index.models.get(name, ModelEntry()).unpublished.get(version) == Removal(at=at, by=by)
+
+        index = await self._change_index(remove, is_done=is_removed)
+        ref = ModelRef(name, version)
+        manifest = self._key(ref, "manifest.json")  # goes first: without it there is no version to be taken up again
+        stored = [info.key for info in await self.storage.list(self._key(ref, ""))]
+        for key in sorted(stored, key=lambda key: key != manifest):
+            await self.storage.delete(key)
+        return Unpublished(ref, len(stored), aliases, index.models[name].unpublished[version], repeated)
 
     # For scripts and notebooks
 
@@ -430,24 +639,26 @@ class ModelStorageManager:
         promote: bool = False,
         format: str = "joblib",
         extra_columns_ignored: bool = False,
+        seal_key: PrivateKey | str | None = None,
     ) -> ModelRef:
         """Publish a fitted estimator as the next version of `name` (or as `version`) and return its reference.
 
         `examples` (a DataFrame or an array of rows that the model takes) become the golden rows and tell the dtypes. The
-        first version of a name goes to production, later ones with `promote`. Raises `PublishError`, `BundleError`,
-        `StorageError`.
+        first version of a name goes to production, later ones with `promote`. `seal_key` is a private key, or its text
+        form. Raises `PublishError`, `BundleError`, `StorageError`.
         """
         _check_names(name, version)
+        key = private_key(seal_key) if isinstance(seal_key, str) else seal_key
         objects = {"scaler": scaler, "encoder": encoder, "preprocessor": preprocessor, "model": model}
         parts = {
             role: publishing.part_from_object(role, value, format)
             for role, value in objects.items()
             if value is not None
         }
-        draft = publishing.draft(parts, examples, extra_columns_ignored=extra_columns_ignored)
+        draft = publishing.draft(parts, examples, extra_columns_ignored=extra_columns_ignored, trust=self.trust)
 
         async def work() -> ModelRef:
-            ref, _ = await self.publish(name, draft, version=version, promote=promote)
+            ref, _ = await self.publish(name, draft, version=version, promote=promote, seal_key=key)
             return ref
 
         return self._run(work)
@@ -509,8 +720,37 @@ def _check_names(name: str, version: str | None) -> None:
         check_name("version", version)
 
 
-def storage_for(settings: Settings) -> Storage:
-    """Return the storage of the settings' mode; nothing is connected yet. Raises `SettingsError`."""
+def private_key(text: str) -> PrivateKey:
+    """Read the text form of a private key. Raises `UnusableKey`, which shows nothing of the text."""
+    try:
+        return read_private_key(text)
+    except ValueError as error:
+        raise UnusableKey(f"the seal key is not one: {error}") from None
+
+
+def _has_move(index: Index, name: str, alias: str, before: ModelEntry, move: Move) -> bool:
+    """Whether `move`, from what the alias named `before`, is in the history."""
+    own = move.model_copy(update={"previous": before.aliases.get(alias)})
+    return own in index.models.get(name, ModelEntry()).history.get(alias, ())
+
+
+def _check_unmoved(name: str, alias: str, before: ModelEntry, now: ModelEntry) -> None:
+    """Raise `PublishConflict` when the alias is not as it was: whoever decided to move it has not seen that."""
+    if (before.aliases.get(alias), before.history.get(alias)) == (now.aliases.get(alias), now.history.get(alias)):
+        return
+    moves = now.history.get(alias, ())
+    who = f" by {moves[-1].by or 'unknown'} at {moves[-1].at}" if moves and moves != before.history.get(alias) else ""
+    raise PublishConflict(
+        f"{name}: {alias} was moved meanwhile, from {before.aliases.get(alias) or 'nothing'} "
+        f"to {now.aliases.get(alias) or 'nothing'}{who}: nothing was changed; look at it, and repeat what is still wanted"
+    )
+
+
+def storage_for(settings: Settings, *, moved: Callable[[str, int, int], None] | None = None) -> Storage:
+    """Return the storage of the settings' mode; nothing is connected yet. `moved` is told of bytes that cross the network.
+
+    Raises `SettingsError`.
+    """
     from app.storage.local import LocalStorage
 
     if settings.mode is Mode.LOCAL:
@@ -528,6 +768,7 @@ def storage_for(settings: Settings) -> Storage:
         connect_timeout_seconds=settings.connect_timeout_seconds,
         read_timeout_seconds=settings.read_timeout_seconds,
         max_attempts=settings.max_attempts,
+        moved=moved,
     )
     if settings.mode is Mode.CLOUD_ONLY:
         return remote

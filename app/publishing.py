@@ -6,9 +6,7 @@ the very bytes that will be stored, and its examples go through the same validat
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +14,20 @@ from typing import Any
 
 import orjson
 
-from app import inspection, loaders
+from app import inspection, loaders, memory, versions
 from app.errors import GoldenMismatch, PublishError, RequestError, UnusableExamples
 from app.manifest import Artifact, Golden, Manifest
-from app.model import Model, compare, holds_own_code, parts_of, wire
+from app.measuring import measure
+from app.memory import MEASURED_FROM_BYTES, Taken
+from app.model import Model, compare, holds_own_code, wire
 from app.names import COMPANION_ROLES, SUFFIXES, ModelRef
 from app.signature import Datatype, Signature, TensorSpec
+from app.trust import Trust
 
 GOLDEN_ROWS = 100
 ROWS_ALONE = 10  # of them are run one by one as well
 GOLDEN_BYTES = 256 * 1024
-LIBRARIES = ("scikit-learn", "numpy", "scipy", "joblib", "pandas")
+UNPACKED_FROM_BYTES = 8 * 1024 * 1024
 ENDINGS = {"joblib": ".joblib", "pickle": ".pkl", "skops": ".skops"}
 
 
@@ -52,6 +53,7 @@ class Draft:
     signature: Signature
     golden: Golden | None
     trained_with: dict[str, str]
+    taken: Taken | None = None
 
     def manifest(self, ref: ModelRef, created: str) -> Manifest:
         """Return the manifest of this draft as `ref`."""
@@ -67,6 +69,8 @@ class Draft:
             signature=self.signature,
             golden=self.golden,
             trained_with=self.trained_with,
+            resident_bytes=self.taken.resident_bytes if self.taken else None,
+            peak_bytes=self.taken.peak_bytes if self.taken else None,
         )
 
 
@@ -115,16 +119,25 @@ def part_from_file(role: str, path: Path) -> DraftPart:
         raise PublishError(f"the {role} cannot be read: {error.strerror}: {path.name}") from error
 
 
-def draft(parts: Mapping[str, DraftPart], examples: Any = None, *, extra_columns_ignored: bool = False) -> Draft:
-    """Load the parts, infer the signature, and run the examples. `parts` is by role and has at least `model`.
+def draft(
+    parts: Mapping[str, DraftPart],
+    examples: Any = None,
+    *,
+    extra_columns_ignored: bool = False,
+    trust: Trust | None = None,
+) -> Draft:
+    """Load the parts, infer the signature, run the examples, and measure the memory that loading takes.
+
+    `parts` is by role and has at least `model`; `trust` is what the service will trust, too.
 
     `examples` is a DataFrame, an array of shape (n, features), a list of texts, records or rows, or a `Table`.
     Raises `PublishError` or `BundleError` for anything that would not serve.
     """
     ordered = tuple(parts[role] for role in (*COMPANION_ROLES, "model") if role in parts)
-    loaded = [loaders.load(part.format, io.BytesIO(part.body), part.path) for part in ordered]
-    for part, item in zip(ordered, loaded, strict=True):
-        _check_importable(part.role, item.value)
+    trust = trust or Trust()
+    loaded = [_load(part, trust) for part in ordered]
+    trained_with = _versions(loaded)
+    versions.check(trained_with, "the model", policy=trust.version_policy)
     *companions, estimator = (item.value for item in loaded)
     if isinstance(examples, Table):
         examples = examples.read(inspection.columns_of_strings(companions, estimator, examples.columns))
@@ -139,18 +152,24 @@ def draft(parts: Mapping[str, DraftPart], examples: Any = None, *, extra_columns
         rowwise = _is_rowwise(model, golden) if len(golden.instances) > 1 else rowwise
         signature = signature.model_copy(update={"outputs": outputs})
     signature = signature.model_copy(update={"rowwise": rowwise})
-    return Draft(ordered, signature, golden, _versions(loaded))
+    return Draft(ordered, signature, golden, trained_with, _measured(ordered, trust))
 
 
-def _check_importable(role: str, value: Any) -> None:
-    """Refuse what only this process can load: pickles have functions and classes by name, and `__main__` is another there."""
-    for part in parts_of(value):
-        for item in (type(part), *vars(part).values()):
-            if getattr(item, "__module__", None) == "__main__":
-                raise PublishError(
-                    f"the {role} uses {getattr(item, '__name__', item)!r}, which is defined in a notebook or script: "
-                    "the service cannot import it from there, move it into a module that the service has"
-                )
+def _measured(parts: tuple[DraftPart, ...], trust: Trust) -> Taken | None:
+    """Measure what loading takes; None for what takes nothing that counts, in the bucket or, unpacked, in memory."""
+    if sum(len(part.body) for part in parts) < MEASURED_FROM_BYTES:
+        before = memory.resident_bytes()
+        again = [_load(part, trust) for part in parts]  # the first time, the libraries were imported as well
+        gained = memory.resident_bytes() - before
+        del again
+        if gained < UNPACKED_FROM_BYTES:
+            return None
+    return measure([(part.format, part.body) for part in parts], trusted=trust.types)
+
+
+def _load(part: DraftPart, trust: Trust) -> loaders.Loaded:
+    most = trust.bytes_for(len(part.body))
+    return loaders.load(part.format, io.BytesIO(part.body), part.path, trusted=trust.types, max_bytes=most)
 
 
 def _golden(model: Model, examples: Any) -> Golden:
@@ -225,14 +244,8 @@ def _output_spec(method: str, output: list[Any]) -> TensorSpec:
 
 def _versions(loaded: list[loaders.Loaded]) -> dict[str, str]:
     """Return the versions of Python and the libraries; scikit-learn's is the one that wrote the file, if it differs."""
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     written = next((item.trained_version for item in loaded if item.trained_version), None)
-    return versions | ({"scikit-learn": written} if written else {})
+    return {**versions.present_versions(), **({"scikit-learn": written} if written else {})}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,15 @@
 """Keeps what is served equal to what the bucket wants: looks, loads, checks, swaps, retires. The registry's only writer.
 
-One look at a time, one load at a time: two models in the making would double the peak. A failure is recorded against the
-version that failed, and whatever served before goes on serving.
+One look at a time, one load at a time: two models in the making would double the peak. Before each, what it is expected to
+take is held against the memory that is free. A failure is recorded against the version that failed, and whatever served before goes on
+serving; unless `swap_policy` is `replace` and there is no room for both: then the old version is dropped first, and brought
+back when the new one fails.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import time
@@ -14,11 +17,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
-from app.errors import ArtifactMissing, BundleError, CompanionFailed, DisklessError, StorageError
+from app import memory
+from app.errors import ArtifactMissing, BundleError, CompanionFailed, DisklessError, NoRoom, StorageError
 from app.loaders import reason
-from app.model import Model, trim_heap
+from app.memory import trim_heap
+from app.model import Model
 from app.model_storage import Catalogue, ModelStorageManager, Wanted, load_checked
 from app.names import ModelRef
 from app.registry import Entry, Registry, Slot, Snapshot, State
@@ -50,6 +55,7 @@ class _Failure:
     reason: str
     count: int
     retry_at: float  # time.monotonic(), seconds
+    for_want_of_room: bool = False
 
 
 class Refresher:
@@ -66,12 +72,19 @@ class Refresher:
         *,
         refresh_seconds: float = 60.0,
         confirm_seconds: float = 10.0,
+        memory_limit_bytes: int | None = None,
+        swap_policy: Literal["keep", "replace"] = "keep",
     ) -> None:
         self._manager = manager
         self._registry = registry
         self._make_runner = make_runner
         self._refresh_seconds = refresh_seconds
         self._confirm_seconds = confirm_seconds
+        self._memory_limit_bytes = memory_limit_bytes
+        self._swap_policy = swap_policy
+        self._estimator = memory.Estimator()
+        self._dropped: dict[str, list[Wanted]] = {}  # what was taken out of service to make room, by name
+        self._in_vain: dict[ModelRef, str] = {}  # for what something was dropped once, and it failed: its content
         self._catalogue: Catalogue | None = None
         self._failures: dict[ModelRef, _Failure] = {}
         self._gone: frozenset[str] = frozenset()
@@ -80,6 +93,7 @@ class Refresher:
         self._next_look: asyncio.Task[Outcome] | None = None
         self._loader = Worker("load")
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._retiring: set[asyncio.Task[None]] = set()
         self.unloading: list[ModelRef] = []
         self.last_sync: datetime | None = None
         self.last_error: str | None = None
@@ -171,7 +185,7 @@ class Refresher:
             if not wanted.confirmed:
                 self._unconfirmed.set()
                 continue
-            result = await self._load(wanted)
+            result = await self._load(wanted, catalogue, insist=insist)
             if isinstance(result, Slot):
                 loaded.append(str(wanted.ref))
                 retired += self._put(result, catalogue)
@@ -179,6 +193,9 @@ class Refresher:
                 failed[str(wanted.ref)] = str(result)
                 passing = passing or _is_passing(wanted, result)
                 retired += self._fail(wanted, result, catalogue)
+                passing = not await self._bring_back(wanted.ref.name, catalogue) or passing
+        for name in list(self._dropped):  # an earlier look could not
+            passing = not await self._bring_back(name, catalogue) or passing
         return Outcome(tuple(loaded), failed, tuple(retired), passing=passing)
 
     def _drop_gone(self, catalogue: Catalogue) -> list[str]:
@@ -207,6 +224,8 @@ class Refresher:
             if wanted.ref.name == name and (slot is None or slot.state is State.LOADING):
                 why = None if wanted.confirmed else UNCONFIRMED
                 slots[wanted.ref.version] = Slot(wanted.ref, State.LOADING, why, why, bare=wanted.bare)
+            elif wanted.ref.name == name and slot is not None and self._is_served(wanted):
+                slots[wanted.ref.version] = replace(slot, reason=None, hint=None)  # of a content that nobody wants now
         return self._replace(name, replace(entry, slots=slots), catalogue)
 
     def _is_served(self, wanted: Wanted) -> bool:
@@ -218,12 +237,17 @@ class Refresher:
         failure = self._failures.get(wanted.ref)
         return failure is not None and failure.content == wanted.content and time.monotonic() < failure.retry_at
 
-    async def _load(self, wanted: Wanted) -> Slot | DisklessError:
+    async def _load(
+        self, wanted: Wanted, catalogue: Catalogue, *, insist: bool = False, may_drop: bool = True
+    ) -> Slot | DisklessError:
         """Load one version; return the slot that serves it, or why it cannot be served."""
         ref, started = wanted.ref, time.perf_counter()
         try:
             with await self._manager.fetch(wanted) as bundle:
                 found = time.perf_counter()
+                estimate = self._estimator.estimate(bundle.stored, bundle.manifest.memory if bundle.manifest else None)
+                superseded = self._superseded(wanted, catalogue, insist=insist) if may_drop else []
+                await self._make_room(wanted, estimate.peak_bytes, superseded, catalogue)
                 checked = await self._loader.run(load_checked, bundle, before_check=limit_native_threads)
         except (BundleError, StorageError) as error:
             failure: DisklessError = error
@@ -232,6 +256,8 @@ class Refresher:
             failure = BundleError(f"{ref}: {reason(error)}")
         else:
             model, report = checked.model, checked.model.report
+            if report.taken is not None:
+                self._estimator.learn(estimate, report.taken)
             seconds = {"find": found - started, **checked.seconds}
             seconds = {phase: round(took, 4) for phase, took in seconds.items()}
             fields: dict[str, Any] = {"model": str(ref), "seconds": seconds, "bytes": bundle.size}
@@ -251,8 +277,110 @@ class Refresher:
         await self._loader.run(trim_heap)
         return failure
 
+    # Room
+
+    def _superseded(self, wanted: Wanted, catalogue: Catalogue, *, insist: bool) -> list[ModelRef]:
+        """Return what serves in the place of `wanted` until it is there, and could be fetched again if that failed.
+
+        Nothing, when it was dropped for this very content before, in vain: it would be out of service at every attempt.
+        Nothing of a bare model: its old file has been overwritten.
+        """
+        if wanted.bare or (self._in_vain.get(wanted.ref) == wanted.content and not insist):
+            return []
+        entry = self._registry.snapshot.entries.get(wanted.ref.name, Entry())
+        return [
+            slot.ref
+            for slot in entry.slots.values()
+            if slot.runner is not None and not slot.bare and slot.ref not in catalogue.wanted
+        ]
+
+    async def _make_room(
+        self, wanted: Wanted, needed_bytes: int, superseded: list[ModelRef], catalogue: Catalogue
+    ) -> None:
+        """Return when there is as much memory as is needed; drop what is superseded for it where the policy allows that.
+
+        Raises `NoRoom`.
+        """
+        label = str(wanted.ref)
+        if self._free(needed_bytes):
+            return
+        await self._finish_retiring()  # what is on its way out needs no room any more
+        found = memory.room(self._memory_limit_bytes)
+        try:
+            memory.check(found, needed_bytes, label, replaceable=bool(superseded) and self._swap_policy == "keep")
+        except NoRoom:
+            held = sum(self._held_bytes(ref) for ref in superseded)
+            if self._swap_policy == "keep" or found is None or found.free_bytes + held < needed_bytes:
+                raise
+            self._in_vain[wanted.ref] = wanted.content  # unless it loads
+            await self._drop(wanted, superseded, catalogue)
+            memory.check(memory.room(self._memory_limit_bytes), needed_bytes, label)
+
+    def _free(self, needed_bytes: int) -> bool:
+        found = memory.room(self._memory_limit_bytes)
+        return found is None or needed_bytes <= found.free_bytes
+
+    def _held_bytes(self, ref: ModelRef) -> int:
+        slot = self._slot(ref)
+        taken = slot.runner.model.report.taken if slot is not None and slot.runner is not None else None
+        return taken.resident_bytes if taken is not None else 0
+
+    async def _drop(self, wanted: Wanted, superseded: list[ModelRef], catalogue: Catalogue) -> None:
+        """Take versions out of service, and return when the memory that they had is free."""
+        name = wanted.ref.name
+        entry = self._registry.snapshot.entries[name]
+        labels = {ref.version for ref in superseded}
+        why = f"it takes the place of {', '.join(map(str, superseded))}: there is no room for both"
+        logger.warning("dropping", extra={"fields": {"models": list(map(str, superseded)), "for": str(wanted.ref)}})
+        self._dropped[name] = [
+            Wanted(
+                ref,
+                tuple(alias for alias, label in entry.serving.items() if label == ref.version),
+                manifest_sha256=entry.slots[ref.version].content,
+            )
+            for ref in superseded
+        ]
+        slots = {label: slot for label, slot in entry.slots.items() if label not in labels}
+        slots[wanted.ref.version] = Slot(wanted.ref, State.LOADING, why, why)
+        serving = {alias: label for alias, label in entry.serving.items() if label not in labels}
+        del entry  # it holds what is to be let go of
+        self._replace(name, Entry(slots, serving), catalogue)
+        await self._finish_retiring()
+        await self._loader.run(_collect)
+
+    async def _bring_back(self, name: str, catalogue: Catalogue) -> bool:
+        """Serve again what was dropped for a version that failed; return whether nothing is left to be brought back."""
+        left = []
+        for wanted in self._dropped.pop(name, []):
+            entry = self._registry.snapshot.entries.get(name)
+            if entry is None or all(alias in entry.serving for alias in wanted.aliases):
+                continue  # the name has gone, or something else serves by now
+            result = await self._load(wanted, catalogue, may_drop=False)
+            if isinstance(result, Slot):
+                entry = self._registry.snapshot.entries[name]
+                serving = {**entry.serving, **dict.fromkeys(wanted.aliases, wanted.ref.version)}
+                self._replace(
+                    name, replace(entry, slots={**entry.slots, wanted.ref.version: result}, serving=serving), catalogue
+                )
+            else:
+                logger.warning(
+                    "cannot be brought back", extra={"fields": {"model": str(wanted.ref), "reason": str(result)}}
+                )
+                left.append(wanted)
+        if left:
+            self._dropped[name] = left
+        return not left
+
+    async def _finish_retiring(self) -> None:
+        if self._retiring:
+            await asyncio.wait(self._retiring)
+
+    # The registry
+
     def _put(self, slot: Slot, catalogue: Catalogue) -> list[str]:
         self._failures.pop(slot.ref, None)
+        self._in_vain.pop(slot.ref, None)
+        self._dropped.pop(slot.ref.name, None)
         entry = self._registry.snapshot.entries.get(slot.ref.name, Entry())
         return self._replace(slot.ref.name, replace(entry, slots={**entry.slots, slot.ref.version: slot}), catalogue)
 
@@ -260,14 +388,17 @@ class Refresher:
         """Record a failure. What served before goes on, but for a bare model that has lost a companion."""
         ref, text = wanted.ref, str(error)
         before = self._failures.get(ref)
-        count = before.count + 1 if before and before.content == wanted.content else 1
+        passing = _is_passing(wanted, error)
+        count = (before.count if before and before.content == wanted.content else 0) + (not passing)
         # What is wrong with a file stays wrong until it is replaced; what is wrong with the network does not.
-        pause = 0.0 if _is_passing(wanted, error) else pause_seconds(self._refresh_seconds, count)
-        self._failures[ref] = _Failure(wanted.content, text, count, time.monotonic() + pause)
+        pause = 0.0 if passing else pause_seconds(self._refresh_seconds, count)
+        self._failures[ref] = _Failure(
+            wanted.content, text, count, time.monotonic() + pause, for_want_of_room=isinstance(error, NoRoom)
+        )
         if before is None or before.reason != text:
             logger.warning("cannot be served", extra={"fields": {"model": str(ref), "reason": text}})
         entry = self._registry.snapshot.entries.get(ref.name, Entry())
-        if wanted.bare and isinstance(error, CompanionFailed) and not _is_passing(wanted, error):
+        if wanted.bare and isinstance(error, CompanionFailed) and not passing:
             entry = (
                 Entry()
             )  # the old pair is in this memory only: no restart could bring it back, so nobody may rely on it
@@ -295,7 +426,9 @@ class Refresher:
         retired = []
         for runner in self._registry.swap(snapshot):
             retired.append(str(runner.model.ref))
-            self._begin(self._retire(runner))
+            task = self._begin(self._retire(runner))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
         return retired
 
     async def _retire(self, runner: Runner) -> None:
@@ -306,6 +439,7 @@ class Refresher:
         del runner
         logger.info("retired", extra={"fields": {"model": str(ref)}})
         await self._loader.run(trim_heap)
+        self._failures = {ref: failure for ref, failure in self._failures.items() if not failure.for_want_of_room}
 
     def _begin[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
@@ -330,6 +464,12 @@ def hint(error: DisklessError) -> str:
         if isinstance(error, StorageError)
         else str(error)
     )
+
+
+def _collect() -> None:
+    """Free what only the garbage collector finds, and give it back. It stops everything for a moment."""
+    gc.collect()
+    trim_heap()
 
 
 def _is_passing(wanted: Wanted, error: DisklessError) -> bool:

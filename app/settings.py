@@ -1,6 +1,7 @@
 """Every setting, read once from the environment and `.env`, and turned into a value that can be trusted from then on.
 
-The README's table is held against this file by a test. Nothing else in `app/` reads the environment.
+The README's table is held against this file by a test. Nothing else in `app/` reads the environment,
+except that the doctor asks for proxies and certificates as botocore does.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from app import seal
 from app.errors import InvalidName, SettingsError
 from app.names import COMPANION_ROLES, check_name
+from app.trust import Trust
 
 R2_HOST = ".r2.cloudflarestorage.com"
 BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
@@ -81,6 +84,26 @@ def _companions(value: Any) -> Any:
     return wanted
 
 
+def _types(value: Any) -> Any:
+    """Split `shop.features.Ratios, shop.text.Words` into a set of full names."""
+    if not isinstance(value, str):
+        return value
+    names = [part for part in re.split(r"[,\s]+", value) if part]
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")) or "." not in name:
+            raise ValueError(
+                "expected full names of classes and functions, as in shop.features.Ratios (no wildcards: "
+                f"each is a name of its own), got {_shown(name)}"
+            )
+    return frozenset(names)
+
+
+def _keys(value: Any) -> Any:
+    return seal.parse_trusted_keys(value) if isinstance(value, str) else value
+
+
+Types = Annotated[frozenset[str], NoDecode, BeforeValidator(_types)]
+Keys = Annotated[seal.TrustedKeys, NoDecode, BeforeValidator(_keys)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 Companions = Annotated[dict[str, tuple[str, ...]], NoDecode, BeforeValidator(_companions)]
 
@@ -199,6 +222,39 @@ class Settings(BaseSettings):
         description="models without which the service is not ready; unset: all found at the start",
     )
 
+    # What is trusted
+    trusted_types: Types = _env(
+        "ML_TRUSTED_TYPES",
+        default=frozenset(),
+        description="your own classes and functions that model files may use: `shop.features.Ratios,shop.text.words`",
+    )
+    trusted_keys: Keys = _env(
+        "ML_TRUSTED_KEYS",
+        default=seal.TrustedKeys(),
+        description="public keys whose seals are accepted: `ci:diskless-public-…,ann:diskless-public-…`",
+    )
+    require_seal: bool = _env(
+        "ML_REQUIRE_SEAL", default=False, description="`true`: load nothing that none of `ML_TRUSTED_KEYS` has sealed"
+    )
+    version_policy: Literal["refuse", "warn"] = _env(
+        "ML_VERSION_POLICY",
+        default="refuse",
+        description="for models of another minor version of scikit-learn or numpy than is here",
+    )
+
+    # Memory
+    memory_limit_bytes: int | None = _env(
+        "ML_MEMORY_LIMIT_BYTES",
+        default=None,
+        ge=64 * 1024 * 1024,
+        description="of this process, where the platform does not tell its limit; unset: the control group's",
+    )
+    swap_policy: Literal["keep", "replace"] = _env(
+        "ML_SWAP_POLICY",
+        default="keep",
+        description="when a new version does not fit beside the old one: `keep` the old, or drop it first and `replace` it",
+    )
+
     # Requests
     max_body_bytes: int = _env(
         "ML_MAX_BODY_BYTES", default=16 * 1024 * 1024, ge=1024, description="largest request body"
@@ -244,7 +300,7 @@ class Settings(BaseSettings):
         assert isinstance(dotenv_settings, EnvSettingsSource)
         return init_settings, _Variables(settings_cls, {**dotenv_settings.env_vars, **env_settings.env_vars})
 
-    @field_validator("jurisdiction", "log_level", mode="before")
+    @field_validator("jurisdiction", "log_level", "version_policy", "swap_policy", mode="before")
     @classmethod
     def _in_any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
@@ -314,6 +370,17 @@ class Settings(BaseSettings):
         return f"ML_CLOUD_ONLY is false and R2 credentials are {'present' if self.has_r2_credentials else 'absent'}"
 
     @property
+    def trust(self) -> Trust:
+        """What is asked of a version before it is loaded."""
+        return Trust(
+            types=self.trusted_types,
+            keys=self.trusted_keys,
+            require_seal=self.require_seal,
+            version_policy=self.version_policy,
+            memory_limit_bytes=self.memory_limit_bytes,
+        )
+
+    @property
     def r2(self) -> R2Target:
         """What is needed to reach the bucket. Raises `SettingsError` with a line for everything that is missing."""
         problems: list[str] = []
@@ -374,6 +441,13 @@ def load_settings() -> Settings:
         raise SettingsError([".env is not usable: expected UTF-8 text: save it as such, or remove it"]) from None
     except OSError as error:
         raise SettingsError([f".env cannot be read: {error.strerror}: let this user read it, or remove it"]) from None
+    if settings.require_seal and not settings.trusted_keys:
+        raise SettingsError(
+            [
+                "ML_TRUSTED_KEYS is missing: ML_REQUIRE_SEAL is true, so set the public key that "
+                "`python -m app keygen` printed, or nothing could be loaded"
+            ]
+        )
     if settings.mode is not Mode.LOCAL:
         settings.r2  # noqa: B018 - to refuse the start, not the first request
     return settings
@@ -419,7 +493,7 @@ def _default(value: Any) -> str:
         value = ",".join(value)
     if isinstance(value, float):
         value = f"{value:g}"
-    return f"`{value}`" if value not in (None, "", {}) else ""
+    return f"`{value}`" if value not in (None, "", {}, frozenset(), seal.TrustedKeys()) else ""
 
 
 def _problem(item: ErrorDetails) -> str:
@@ -436,7 +510,7 @@ def _expected(info: FieldInfo) -> str:
         return "true or false"
     if get_origin(info.annotation) is Literal:
         return f"one of {', '.join(get_args(info.annotation))}"
-    kind = "a whole number" if info.annotation is int else "a number"
+    kind = "a whole number" if info.annotation in (int, int | None) else "a number"
     least = next((bound for bound in info.metadata if isinstance(bound, (Ge, Gt))), Ge(0))
     most = next((f"{bound.le:g}" for bound in info.metadata if isinstance(bound, Le)), None)
     if isinstance(least, Gt):

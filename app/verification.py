@@ -7,20 +7,24 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from app.errors import BundleError, InvalidIndex, StorageError
-from app.model import trim_heap
+from app.memory import trim_heap
 from app.model_storage import ModelStorageManager, Wanted, load_checked
 from app.names import ModelRef
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found of one version (or of the index); `problem` is None when it would serve."""
+    """What was found of one version (or of the index); `problem` is None when it would serve.
+
+    `kind` is the name of the problem's class in `app.errors`, where it has one.
+    """
 
     ref: str
     problem: str | None
     golden_rows: int = 0
     parity: float | None = None
     bare: bool = False
+    kind: str | None = None
 
 
 async def verify(manager: ModelStorageManager, names: Sequence[str] = ()) -> AsyncIterator[Verdict]:
@@ -54,7 +58,7 @@ async def _verdict(manager: ModelStorageManager, wanted: Wanted) -> Verdict:
         with await manager.fetch(wanted) as bundle:
             checked = await asyncio.to_thread(load_checked, bundle)
     except (BundleError, StorageError) as error:  # one version must not keep the others from being looked at
-        return Verdict(str(wanted.ref), str(error), bare=wanted.bare)
+        return Verdict(str(wanted.ref), str(error), bare=wanted.bare, kind=type(error).__name__)
     golden = checked.model.golden
     rows = len(golden.instances) if golden else 0
     return Verdict(str(wanted.ref), None, golden_rows=rows, parity=checked.parity, bare=wanted.bare)

@@ -12,12 +12,13 @@ import httpx
 from app.api.predict import Front
 from app.main import create_app
 from app.settings import Settings
+from tests.trusted import TRUST
 
 
 @asynccontextmanager
 async def application(**variables: Any) -> AsyncIterator[Front]:
     """Run the application from its start-up to its shutdown, with settings given as variables."""
-    app = create_app(Settings(**variables))
+    app = create_app(Settings(**{"ML_TRUSTED_TYPES": ",".join(TRUST.types)} | variables))
     inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     task = asyncio.create_task(

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import joblib
 import numpy as np
@@ -25,6 +25,7 @@ from app.refresher import Refresher
 from app.registry import Registry, Slot
 from app.runner import Runner
 from app.storage.base import ObjectInfo, Storage, StoredObject
+from tests.trusted import TRUST
 
 ROWS = np.random.default_rng(5).normal(3.0, 2.0, size=(40, 3))
 CLASSES = np.where(ROWS[:, 0] > 3, "high", "low")
@@ -61,7 +62,7 @@ def dumped(value: Any) -> bytes:
 def draft(model: Any, examples: Any = None, **companions: Any) -> publishing.Draft:
     objects = {**companions, "model": model}
     parts = {role: publishing.part_from_object(role, value) for role, value in objects.items()}
-    return publishing.draft(parts, examples)
+    return publishing.draft(parts, examples, trust=TRUST)
 
 
 class Watched:
@@ -163,12 +164,14 @@ class Served:
 async def serving(
     manager: ModelStorageManager, *, aliases: tuple[str, ...] = ("production",), required: tuple[str, ...] = (),
     refresh_seconds: float = 3600.0, confirm_seconds: float = 10.0, make_runner: Callable[[Model], Runner] = Runner,
+    memory_limit_bytes: int | None = None, swap_policy: Literal["keep", "replace"] = "keep",
 ) -> AsyncIterator[Served]:  # fmt: skip
     """Serve what `manager` finds; nothing is looked at before `refresher.start` or `look_now`."""
     registry = Registry(aliases, required)
     refresher = Refresher(
-        manager, registry, make_runner, refresh_seconds=refresh_seconds, confirm_seconds=confirm_seconds
-    )
+        manager, registry, make_runner, refresh_seconds=refresh_seconds, confirm_seconds=confirm_seconds,
+        memory_limit_bytes=memory_limit_bytes, swap_policy=swap_policy,
+    )  # fmt: skip
     async with manager.storage:
         try:
             yield Served(manager, registry, refresher)

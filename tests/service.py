@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+from tests.trusted import TRUST
+
 ROOT = Path(__file__).parent.parent
 COMMAND = (sys.executable, "-m", "app", "serve")
 
@@ -36,10 +38,10 @@ def r2_environment(endpoint_url: str, bucket: str, access_key_id: str, secret_ac
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The machine's environment without what configures the service, and what a test sets."""
+    """The machine's environment without what configures the service, and what a test sets. Our own code is trusted."""
     ours = ("R2_", "AWS_", "ML_", "CLOUDFLARE_", "DYNO", "FORCE_R2", "PORT", "HOST", "WEB_CONCURRENCY")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {"PYTHONPATH": str(ROOT)} | dict(extra)
+    return kept | {"PYTHONPATH": str(ROOT), "ML_TRUSTED_TYPES": ",".join(TRUST.types)} | dict(extra)
 
 
 class Service:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import os
+import pty
 import re
+import select
+import shutil
 import socket
+import stat
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import joblib
@@ -16,11 +24,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
+from app import publishing
 from app.cli import main
+from app.model_storage import ModelStorageManager
+from app.seal import parse_trusted_keys, verify
+from app.storage.local import LocalStorage
 from tests import toys
 from tests.service import ROOT, clean_environment, free_port, r2_environment
+from tests.trusted import TRUST
 
 FRAME = pd.DataFrame({"a": [1.0, 2.0, 3.0, 4.0], "b": [0.5, 0.25, 1.5, 2.0]})
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -47,11 +61,14 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-def command(environment: dict[str, str], cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def command(
+    environment: dict[str, str], cwd: Path, *words: str, stdin: Path = Path(os.devnull)
+) -> subprocess.CompletedProcess[str]:
     run = subprocess.run(
         [sys.executable, "-m", "app", *words],
         env=clean_environment(environment),
         cwd=cwd,
+        input=stdin.read_text(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -78,6 +95,7 @@ def run_here(tmp_path, files, monkeypatch, capsys) -> Run:
         if name not in clean_environment({}):
             monkeypatch.delenv(name)
     monkeypatch.setenv("ML_CLOUD_ONLY", "false")
+    monkeypatch.setenv("ML_TRUSTED_TYPES", ",".join(TRUST.types))
     monkeypatch.setenv("ML_LOCAL_DIR", str(tmp_path))
     monkeypatch.chdir(files)
 
@@ -95,9 +113,14 @@ def run_here(tmp_path, files, monkeypatch, capsys) -> Run:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--help"], ["serve", "publish", "verify", "serve the models of the bucket"]),
+        (["--help"], ["serve the models of the bucket", "verify", "list", "rollback", "unpublish", "keygen"]),
         (["publish", "--help"], ["--model FILE", "--examples FILE", "--version LABEL", "--promote", ".csv, .parquet"]),
         (["verify", "--help"], ["[NAME ...]", "these models only"]),
+        (["promote", "--help"], ["NAME VERSION", "--alias ALIAS", "--json"]),
+        (["rollback", "--help"], ["NAME", "--alias ALIAS", "what it named before"]),
+        (["unpublish", "--help"], ["NAME VERSION", "--drop-aliases", "that no alias names"]),
+        (["list", "--help"], ["[NAME ...]", "--history"]),
+        (["keygen", "--help"], ["FILE", "it must not exist"]),
     ],
 )
 def test_help_tells_what_there_is(run_here, words, told):
@@ -115,6 +138,7 @@ def test_help_tells_what_there_is(run_here, words, told):
         (["publish", "churn"], "the following arguments are required: --model"),
         (["publish", "--model", "model.joblib"], "the following arguments are required: NAME"),
         (["serve", "--workers"], "unrecognized arguments: --workers"),
+        (["promote", "churn"], "the following arguments are required: VERSION"),
     ],
 )
 def test_wrong_usage_ends_with_code_2(run, words, complaint):
@@ -182,6 +206,260 @@ def test_what_cannot_be_published_is_told_in_a_sentence(run_here, tmp_path, word
     assert list(tmp_path.iterdir()) == []
 
 
+# The life of a version
+
+
+@pytest.fixture(scope="module")
+def three_versions(tmp_path_factory) -> Path:
+    """A folder that stands for a bucket, with the versions 1, 2 and 3 of `sum`."""
+    folder: Path = tmp_path_factory.mktemp("three")
+    part = publishing.part_from_object("model", toys.Sum())
+    draft = publishing.draft({"model": part}, trust=TRUST)
+    manager = ModelStorageManager(LocalStorage(folder))
+    for _ in range(3):
+        asyncio.run(manager.publish("sum", draft))
+    return folder
+
+
+@pytest.fixture
+def three(run_here, three_versions, tmp_path) -> Run:
+    """`run_here`, with those versions in its bucket."""
+    shutil.copytree(three_versions, tmp_path, dirs_exist_ok=True)
+    return run_here
+
+
+def said(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
+    """The exit code and what was said, without the times and names of this machine."""
+    text = re.sub(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(Z|\+00:00)", "TIME", done.stdout + done.stderr)
+    return done.returncode, re.sub(r"[\w.-]+@[\w.-]+", "WHO", text)
+
+
+def test_an_alias_is_moved_and_moved_back_in_words(three):
+    assert said(three("promote", "sum", "2")) == (0, "sum: production names 2 now; before, it named 1\n")
+    assert said(three("promote", "sum", "2")) == (0, "sum: production names 2 already; nothing was changed\n")
+    assert said(three("promote", "sum", "3")) == (0, "sum: production names 3 now; before, it named 2\n")
+    assert said(three("promote", "sum", "1", "--alias", "old")) == (
+        0,
+        "sum: old names 1 now; before, it named nothing\n",
+    )
+    assert said(three("rollback", "sum")) == (0, "sum: production went back from 3 to 2\n")
+    assert said(three("rollback", "sum")) == (0, "sum: production went back from 2 to 1\n")
+    nothing = "error: sum: production names 1, and its history has nothing before that to go back to; there is 1, 2, 3"
+    assert said(three("rollback", "sum")) == (1, f"{nothing}: promote one of them\n")
+
+
+def test_rolling_back_passes_over_what_was_unpublished(three):
+    for words in (["promote", "sum", "2"], ["promote", "sum", "3"], ["unpublish", "sum", "2"]):
+        assert three(*words).returncode == 0
+
+    passed = "sum: production went back from 3 to 1 (unpublished since, so passed over: 2)\n"
+    assert said(three("rollback", "sum")) == (0, passed)
+
+
+def test_a_version_is_unpublished_unless_an_alias_names_it(three, tmp_path):
+    named = "error: sum/1 is in use: production of sum names it; let the alias name another version first (promote)\n"
+    assert said(three("unpublish", "sum", "1")) == (1, named)
+    assert said(three("unpublish", "sum", "3")) == (0, "unpublished sum/3: 2 objects deleted\n")
+    again = "sum/3 was unpublished already, by WHO at TIME; now there was no object to delete\n"
+    assert said(three("unpublish", "sum", "3")) == (0, again)
+    assert said(three("unpublish", "sum", "2"))[0] == 0
+    assert "--drop-aliases takes the model out of service" in said(three("unpublish", "sum", "1"))[1]
+    last = "unpublished sum/1: 2 objects deleted; the model has lost the alias production\n"
+    assert said(three("unpublish", "sum", "1", "--drop-aliases")) == (0, last)
+
+    assert [path.name for path in (tmp_path / "models").rglob("*") if path.is_file()] == ["index.json"]
+    assert "sum/4" in three("publish", "sum", "--model", "sum.joblib").stdout
+
+
+def test_what_there_is_is_listed_with_who_moved_what(three, tmp_path):
+    (tmp_path / "models" / "bare.joblib").write_text("whatever")
+    for words in (["promote", "sum", "2"], ["rollback", "sum"], ["unpublish", "sum", "3"]):
+        assert three(*words).returncode == 0
+
+    short = ["sum", "  1  TIME  production (WHO, TIME)", "  2  TIME"]
+    code, text = said(three("list"))
+    assert (code, text.splitlines()[:3]) == (0, short)
+    assert re.fullmatch(
+        r"bare\n  [0-9a-f]+  bare: a file without a manifest\n", "\n".join([*text.splitlines()[3:], ""])
+    )
+    assert said(three("list", "sum"))[1].splitlines() == [
+        *short,
+        "  moves of production, the latest first:",
+        "    TIME  2 -> 1  WHO, rolled back",
+        "    TIME  1 -> 2  WHO",
+        "    TIME  - -> 1  WHO",
+        "  unpublished:",
+        "    TIME  3  WHO",
+    ]
+    assert said(three("list", "nobody")) == (
+        1,
+        f"error: there is no model 'nobody' in directory {tmp_path} under models/; there is sum, bare\n",
+    )
+
+
+def test_listing_nothing_says_so(run_here, tmp_path):
+    assert said(run_here("list")) == (0, f"no models in directory {tmp_path} under models/\n")
+
+
+def test_what_somebody_wrote_into_the_index_cannot_speak_to_the_terminal(three, tmp_path):
+    path = tmp_path / "models" / "index.json"
+    index = json.loads(path.read_text())
+    index["models"]["sum"]["history"]["production"][0]["by"] = "\x1b]0;owned\x07ann"
+    path.write_text(json.dumps(index))
+
+    assert "?]0;owned?ann" in three("list", "sum").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "error"),
+    [
+        (["promote", "sum", "9"], 1, "unknown_version"),
+        (["promote", "nobody", "1"], 1, "unknown_version"),
+        (["promote", "sum", "../1"], 1, "invalid_name"),
+        (["rollback", "sum"], 1, "nothing_to_roll_back_to"),
+        (["unpublish", "sum", "1"], 1, "version_in_use"),
+        (["publish", "sum", "--model", "sum.joblib", "--version", "1"], 1, "version_exists"),
+        (["publish", "sum", "--model", "text.joblib"], 1, "load_failed"),
+        (["publish", "sum", "--model", "sum.joblib", "--seal-key", "rows.csv"], 1, "unusable_key"),
+        (["keygen", "rows.csv"], 1, "unusable_key"),
+        (["list", "nobody"], 1, "unknown_version"),
+        (["promote", "sum"], 2, "wrong_usage"),
+        (["prmote", "sum"], 2, "wrong_usage"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_with_json_an_error_is_one_document_with_the_same_exit_code(three, words, code, error):
+    text, told = three(*words), three(*words, "--json")
+    document = json.loads(told.stdout)
+
+    assert (text.returncode, told.returncode) == (code, code)
+    assert text.stdout == ""
+    assert (document.keys(), document["error"]) == ({"error", "detail"}, error)
+    assert document["detail"] in text.stderr
+
+
+def test_with_json_missing_settings_are_told_as_an_error(run_here, monkeypatch):
+    monkeypatch.setenv("ML_CLOUD_ONLY", "true")
+    done = run_here("list", "--json")
+
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"] == "settings_error"
+    assert "R2_BUCKET is missing" in json.loads(done.stdout)["detail"]
+
+
+def test_with_json_a_result_is_one_document(run_here, files, tmp_path):
+    def told(*words: str) -> dict[str, object]:
+        done = run_here(*words, "--json")
+        assert done.returncode == 0
+        document: dict[str, object] = json.loads(done.stdout)
+        return document
+
+    size = (files / "sum.joblib").stat().st_size
+    assert told("list") == {"models": []}
+    assert told("publish", "sum", "--model", "sum.joblib", "--examples", "sums.json") == {
+        **{"name": "sum", "version": "1", "bytes": size, "golden_rows": 2, "methods": ["predict"]},
+        **{"production": True, "sealed_by": None},
+    }
+    assert told("publish", "sum", "--model", "sum.joblib", "--version", "b")["production"] is False
+    moved = {"name": "sum", "alias": "production", "version": "b", "previous": "1"}
+    assert told("promote", "sum", "b") == {**moved, "changed": True}
+    assert told("promote", "sum", "b") == {**moved, "previous": "b", "changed": False}
+    back = {"name": "sum", "alias": "production", "version": "1", "previous": "b", "changed": True, "skipped": []}
+    assert told("rollback", "sum") == back
+    verified = told("verify")["versions"]
+    assert [(one["ref"], one["ok"], one["problem"], one["golden_rows"]) for one in verified] == [
+        ("sum/1", True, None, 2),
+        ("sum/b", True, None, 0),
+    ]
+    gone = told("unpublish", "sum", "b")
+    assert (gone["changed"], gone["objects_deleted"], gone["aliases_dropped"]) == (True, 2, [])
+    (listed,) = told("list")["models"]
+    assert (listed["name"], listed["published"], listed["aliases"]) == ("sum", True, {"production": "1"})
+    assert [(one["version"], one["aliases"]) for one in listed["versions"]] == [("1", ["production"])]
+    assert [(move["version"], move["rollback"]) for move in listed["history"]["production"]] == [
+        ("1", False),
+        ("b", False),
+        ("1", True),
+    ]
+    assert [one["version"] for one in listed["unpublished"]] == ["b"]
+    (tmp_path / "models" / "text.joblib").write_text("not a model")
+    broken = run_here("verify", "text", "--json")
+    assert broken.returncode == 3
+    assert json.loads(broken.stdout)["versions"][0]["ok"] is False
+
+
+# Keys and seals
+
+
+def test_a_pair_of_keys_is_made_and_seals_a_version(run_here, tmp_path, monkeypatch):
+    key = tmp_path / "seal.key"
+    for name in ("ML_CLOUD_ONLY", "ML_LOCAL_DIR"):  # it needs no bucket
+        monkeypatch.delenv(name)
+    made = run_here("keygen", str(key))
+    private = key.read_text().strip()
+    public = re.search(r"ML_TRUSTED_KEYS=(diskless-public-\S+) ", made.stdout)
+    assert public
+    again = run_here("keygen", str(key))
+    monkeypatch.setenv("ML_CLOUD_ONLY", "false")
+    monkeypatch.setenv("ML_TRUSTED_TYPES", ",".join(TRUST.types))
+    monkeypatch.setenv("ML_LOCAL_DIR", str(tmp_path))
+    sealed = run_here("publish", "sum", "--model", "sum.joblib", "--seal-key", str(key))
+    manifest, seal = ((tmp_path / "models/sum/1" / name).read_bytes() for name in ("manifest.json", "manifest.seal"))
+
+    assert (made.returncode, made.stderr, stat.S_IMODE(key.stat().st_mode)) == (0, "", 0o600)
+    assert private.startswith("diskless-private-")
+    assert private not in made.stdout + sealed.stdout + sealed.stderr
+    assert (again.returncode, again.stdout) == (1, "")
+    assert re.match(rf"error: {key} exists already, and a key is never overwritten", again.stderr)
+    assert key.read_text().strip() == private
+    name = verify(manifest, seal, parse_trusted_keys(f"me:{public[1]}"), "sum/1")
+    assert name == "me"
+    assert re.search(r", sealed with key [0-9a-f]{16}; in production", sealed.stdout)
+    assert "warning" not in sealed.stderr
+
+
+def test_a_new_key_is_told_as_json_without_its_private_half(run_here, tmp_path):
+    done = run_here("keygen", str(tmp_path / "k"), "--json")
+    document = json.loads(done.stdout)
+
+    assert document.keys() == {"file", "public_key", "key_id"}
+    assert (tmp_path / "k").read_text().strip() not in done.stdout + done.stderr
+
+
+def test_a_key_that_others_can_read_is_warned_about_and_one_may_come_from_standard_input(
+    run_here, tmp_path, monkeypatch
+):
+    run_here("keygen", str(tmp_path / "k"))
+    (tmp_path / "k").chmod(0o640)
+    publish = ["publish", "sum", "--model", "sum.joblib", "--examples", "sums.json", "--json", "--seal-key"]
+    warned = run_here(*publish, str(tmp_path / "k"))
+    piped = command(
+        {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(tmp_path)}, Path.cwd(), *publish, "-", stdin=tmp_path / "k"
+    )
+
+    assert (
+        warned.stderr == f"warning: others can read the private key in {tmp_path / 'k'}: chmod 600 {tmp_path / 'k'}\n"
+    )
+    assert (piped.returncode, piped.stderr) == (0, "")
+    assert json.loads(piped.stdout)["sealed_by"] == json.loads(warned.stdout)["sealed_by"]
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [
+        ("missing.key", "error: the seal key cannot be read: No such file or directory: missing.key"),
+        (".", "error: the seal key cannot be read: Is a directory: ."),
+        ("rows.csv", "error: the seal key is not one: expected a private key as `python -m app keygen` prints it"),
+    ],
+)
+def test_a_key_that_is_none_is_told_before_anything_is_written(run_here, tmp_path, key, complaint):
+    done = run_here("publish", "sum", "--model", "sum.joblib", "--seal-key", key)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert complaint in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_verifying_tells_what_would_not_serve(run, run_here, tmp_path):
     run_here("publish", "sum", "--model", "sum.joblib", "--examples", "sums.json")
     (tmp_path / "models" / "text.joblib").write_text("not a model")
@@ -205,6 +483,57 @@ def test_verifying_nothing_says_so(run_here, tmp_path):
 
 
 # The bucket
+
+
+class Terminal:
+    """A terminal of 100 columns to write to."""
+
+    def __init__(self) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        self.stream = open(slave, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+
+    def shown(self) -> str:
+        """Return what it has shown since the last time."""
+        end = b"that is all\r\n"
+        print("that is all", file=self.stream, flush=True)  # what was written comes through later
+        text = b""
+        while not text.endswith(end):
+            assert select.select([self._master], [], [], 30)[0]
+            text += os.read(self._master, 65536)
+        return text.removesuffix(end).decode()
+
+    def close(self) -> None:
+        self.stream.close()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
+
+
+def test_a_terminal_shows_how_far_large_objects_are(s3, bucket, tmp_path, run_here, monkeypatch, terminal):
+    rows = np.random.default_rng(1).normal(size=(40_000, 8))
+    joblib.dump(KNeighborsRegressor(algorithm="brute").fit(rows, rows[:, 0]), tmp_path / "near.joblib")
+    values = r2_environment(s3.endpoint_url, bucket, s3.writer.access_key_id, s3.writer.secret_access_key)
+    for name, value in {**values, "ML_CLOUD_ONLY": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", terminal.stream)
+    publish = ["publish", "near", "--model", str(tmp_path / "near.joblib")]
+    published, while_publishing = run_here(*publish), terminal.shown()
+    verified, while_verifying = run_here("verify", "near"), terminal.shown()
+    as_json, meanwhile = run_here("verify", "near", "--json"), terminal.shown()
+
+    assert (published.returncode, verified.returncode, as_json.returncode) == (0, 0, 0)
+    assert "near/1/model.joblib:   0%|" in while_publishing
+    assert "manifest.json" not in while_publishing  # too small
+    assert "near/1/model.joblib:   0%|" in while_verifying
+    assert verified.stdout == "ok     near/1: loads, no golden rows to check\n"
+    assert meanwhile == ""
+    assert json.loads(as_json.stdout)["versions"][0]["ok"]
 
 
 def test_a_bucket_that_cannot_be_reached_is_told_in_a_sentence(tmp_path, files):

@@ -23,6 +23,7 @@ from app.storage.r2 import R2Storage
 from tests import toys
 from tests.faults import FaultyProxy, hang
 from tests.service import Service, clean_environment, connected, free_port, r2_environment, running
+from tests.trusted import TRUST
 
 ROOT = Path(__file__).parent.parent
 PREFIX = "heroku/"
@@ -40,7 +41,7 @@ def command() -> list[str]:
 @pytest.fixture(scope="module")
 def dyno(s3, r2_arguments) -> dict[str, str]:
     """A dyno's environment, with the read-only credential for a bucket that has two models."""
-    manager = ModelStorageManager(R2Storage(**r2_arguments), prefix=PREFIX)
+    manager = ModelStorageManager(R2Storage(**r2_arguments), prefix=PREFIX, trust=TRUST)
     manager.save("sum", toys.Sum(), examples=ROWS)
     manager.save("naps", toys.Naps())
     return {

@@ -17,6 +17,7 @@ from tests import estimators
 from tests.faults import FaultyProxy, hang
 from tests.repository import draft, dumped, linear, put
 from tests.service import Service, r2_environment, running
+from tests.trusted import TRUST
 
 CALLERS = 200
 SWAPS = 20
@@ -25,7 +26,7 @@ ONE = [[1.0, 1.0, 1.0]]
 
 @pytest.fixture
 def manager(bucket, r2_arguments):
-    return ModelStorageManager(R2Storage(**r2_arguments))
+    return ModelStorageManager(R2Storage(**r2_arguments), trust=TRUST)
 
 
 @pytest.fixture

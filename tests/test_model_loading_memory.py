@@ -49,7 +49,7 @@ async def main(folder, format, sealed):
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = peak()
         model = await load(storage, "large", format, sealed)
-        print(json.dumps({"peak": peak() - before, "resident": model.report.resident_bytes}))
+        print(json.dumps({"peak": peak() - before, "resident": model.report.taken.resident_bytes}))
 
 asyncio.run(main(sys.argv[1], sys.argv[2], sys.argv[3] == "sealed"))
 """

@@ -21,6 +21,7 @@ from app.storage.local import LocalStorage
 from app.storage.r2 import R2Storage
 from tests.repository import ROWS, Watched, classifier, draft, dumped, expected, linear, scaler
 from tests.service import r2_environment
+from tests.trusted import TRUST
 
 
 @pytest.fixture
@@ -30,13 +31,13 @@ def storage(tmp_path):
 
 @pytest.fixture
 def manager(storage):
-    return ModelStorageManager(storage)
+    return ModelStorageManager(storage, trust=TRUST)
 
 
 @pytest.fixture
 def r2(bucket, r2_arguments):
     """A function that returns another manager of the empty bucket of the real server."""
-    return lambda: ModelStorageManager(R2Storage(**r2_arguments))
+    return lambda: ModelStorageManager(R2Storage(**r2_arguments), trust=TRUST)
 
 
 async def state(manager):
@@ -218,7 +219,7 @@ async def test_publishing_beside_a_change_of_the_index_loses_neither(manager, st
     arrived, release = storage.hold("put", "index.json")
     first = asyncio.create_task(manager.publish("a", draft(linear(1))))
     await arrived.wait()
-    other = ModelStorageManager(storage.inner)
+    other = ModelStorageManager(storage.inner, trust=TRUST)
     await other.publish("b", draft(linear(2)))
     release.set()
     await first
@@ -325,14 +326,14 @@ def test_what_cannot_be_published_fails_where_it_was_asked_for(manager, storage)
     with pytest.raises(PublishError, match="format 'npz'"):
         manager.save("a", linear(1), format="npz")
     with pytest.raises(UnusableModel, match="none of the methods"):
-        manager.save("a", object())
+        manager.save("a", {"no": "model"})
     storage.fail(StorageUnavailable("cut off"))
     with pytest.raises(StorageUnavailable):
         manager.save("a", linear(1))
 
 
 async def test_the_prefix_is_where_everything_lies(storage):
-    manager = ModelStorageManager(storage, prefix="")
+    manager = ModelStorageManager(storage, prefix="", trust=TRUST)
     await manager.publish("a", draft(linear(1)))
     await storage.put("b.joblib", dumped(linear(2)))
 

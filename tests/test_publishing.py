@@ -30,14 +30,17 @@ from app.errors import (
     PublishError,
     UnusableExamples,
     UnusableModel,
+    VersionMismatch,
 )
 from app.manifest import Manifest
 from app.model import Model, wire
 from app.names import ModelRef
 from app.publishing import part_from_file, part_from_object, read_examples
+from app.trust import Trust
 from tests import estimators
 from tests.test_loaders import written_by
 from tests.toys import Fails, Lengths, Listed, lengths, small, years
+from tests.trusted import TRUST
 from tests.zoo import CATEGORIES, COUNT, MIXED, NAMED, REAL, RECORDS, TEXTS, WORDS, X, fitted
 
 REF = ModelRef("churn", "7")
@@ -45,7 +48,7 @@ REF = ModelRef("churn", "7")
 
 def draft(estimator: Any, examples: Any = None, **companions: Any) -> publishing.Draft:
     parts = {role: part_from_object(role, value) for role, value in {**companions, "model": estimator}.items()}
-    return publishing.draft(parts, examples)
+    return publishing.draft(parts, examples, trust=TRUST)
 
 
 def as_stored(made: publishing.Draft, estimator: Any, *companions: Any) -> Model:
@@ -380,7 +383,7 @@ def test_a_function_of_a_notebook_cannot_be_published(monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", notebook)
     estimator = make_pipeline(FunctionTransformer(notebook.double), Ridge()).fit(X, REAL)
 
-    with pytest.raises(PublishError, match="the model uses 'double', which is defined in a notebook or script"):
+    with pytest.raises(LoadFailed, match="double was defined in the notebook or script that trained it"):
         draft(estimator, X)
 
 
@@ -426,7 +429,7 @@ def test_a_broken_file_makes_no_draft(tmp_path, body):
     path.write_bytes(body)
 
     with pytest.raises(LoadFailed, match=r"^model.pkl: "):
-        publishing.draft({"model": part_from_file("model", path)})
+        publishing.draft({"model": part_from_file("model", path)}, trust=TRUST)
 
 
 def test_the_versions_are_recorded():
@@ -439,7 +442,11 @@ def test_a_model_of_another_scikit_learn_says_so(tmp_path):
     path = tmp_path / "model.pkl"
     path.write_bytes(written_by("1.2.2", RandomForestRegressor(3).fit(X, REAL)))
 
-    assert publishing.draft({"model": part_from_file("model", path)}).trained_with["scikit-learn"] == "1.2.2"
+    parts = {"model": part_from_file("model", path)}
+
+    with pytest.raises(VersionMismatch, match="trained with scikit-learn 1.2.2, here is scikit-learn"):
+        publishing.draft(parts)
+    assert publishing.draft(parts, trust=Trust(version_policy="warn")).trained_with["scikit-learn"] == "1.2.2"
 
 
 def test_what_the_model_never_reads_need_not_be_sent():

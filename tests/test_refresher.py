@@ -17,6 +17,7 @@ from app.storage.local import LocalStorage
 from app.storage.r2 import R2Storage
 from tests import estimators
 from tests.repository import ROWS, Watched, classifier, draft, dumped, expected, linear, scaler, serving
+from tests.trusted import TRUST
 
 ONE = [[1.0, 1.0, 1.0]]
 
@@ -28,7 +29,7 @@ def storage(tmp_path):
 
 @pytest.fixture
 def manager(storage):
-    return ModelStorageManager(storage)
+    return ModelStorageManager(storage, trust=TRUST)
 
 
 def down(what="cannot read models/index.json in R2 bucket secret at https://account.example: no answer in time"):
@@ -98,7 +99,7 @@ async def test_a_required_model_that_is_not_there_is_waited_for(manager):
 
 async def test_a_quiet_look_costs_one_conditional_get_and_one_list(bucket, r2_arguments):
     storage = Watched(R2Storage(**r2_arguments))
-    manager = ModelStorageManager(storage)
+    manager = ModelStorageManager(storage, trust=TRUST)
     async with serving(manager) as served:
         await manager.publish("a", draft(linear(1)))
         await storage.put("models/bare.joblib", dumped(linear(2)))
@@ -111,7 +112,7 @@ async def test_a_quiet_look_costs_one_conditional_get_and_one_list(bucket, r2_ar
 
 
 async def test_without_bare_models_a_quiet_look_costs_one_get(storage):
-    manager = ModelStorageManager(storage, bare_models=False)
+    manager = ModelStorageManager(storage, bare_models=False, trust=TRUST)
     await manager.publish("a", draft(linear(1)))
     await storage.put("models/bare.joblib", dumped(linear(2)))
     async with serving(manager) as served:
@@ -232,7 +233,7 @@ async def replace_manifest(manager, ref, manifest):
 
 
 async def test_several_aliases_serve_their_own_versions_and_move_without_a_load(manager, storage):
-    manager = ModelStorageManager(storage, aliases=("production", "staging"))
+    manager = ModelStorageManager(storage, aliases=("production", "staging"), trust=TRUST)
     for number in (1, 2, 3):
         await manager.publish("a", draft(linear(number)))
     await move(manager, staging="2")
@@ -263,7 +264,7 @@ async def move(manager, **aliases):
 
 
 async def test_an_alias_that_is_gone_is_gone_even_while_another_fails(manager, storage):
-    manager = ModelStorageManager(storage, aliases=("production", "staging"))
+    manager = ModelStorageManager(storage, aliases=("production", "staging"), trust=TRUST)
     await manager.publish("a", draft(linear(1)))
     await move(manager, staging="1")
     async with serving(manager, aliases=("production", "staging")) as served:

@@ -25,6 +25,7 @@ from app.manifest import Manifest
 from app.model import Model, part_of, wire
 from app.names import ModelRef
 from app.signature import Rows
+from tests.trusted import TRUST
 from tests.zoo import BUILDERS, NEEDS_EXAMPLES, OF_ITEMS, Fitted, fitted
 
 REF = ModelRef("zoo", "1")
@@ -55,10 +56,10 @@ def served(name: str, published: bool) -> Model:
     """The model as the service has it: through its file, and through its manifest where it has one."""
     it = fitted(name)
     part = publishing.part_from_object("model", it.estimator)
-    value = loaders.load(part.format, io.BytesIO(part.body), "zoo").value
+    value = loaders.load(part.format, io.BytesIO(part.body), "zoo", trusted=TRUST.types).value
     if not published:
         return Model(REF, inspection.infer([], value), value)
-    draft = publishing.draft({"model": part}, it.data[:40])
+    draft = publishing.draft({"model": part}, it.data[:40], trust=TRUST)
     manifest = Manifest.decode(draft.manifest(REF, "2026-01-01T00:00:00+00:00").encode(), REF)
     model = Model(REF, manifest.signature, value, golden=manifest.golden)
     assert model.check() is not None
@@ -250,7 +251,12 @@ def test_every_format_brings_the_same_answers(name, format):
     it, model = fitted(name), served(name, True)
     part = publishing.part_from_object("model", it.estimator, format)
 
-    other = Model(REF, model.signature, loaders.load(format, io.BytesIO(part.body), "zoo").value, golden=model.golden)
+    other = Model(
+        REF,
+        model.signature,
+        loaders.load(format, io.BytesIO(part.body), "zoo", trusted=TRUST.types).value,
+        golden=model.golden,
+    )
 
     assert other.check() == 0.0
 
@@ -260,7 +266,7 @@ def test_every_pickle_protocol_is_read(protocol):
     it = fitted("forest")
     body = pickle.dumps(it.estimator, protocol=protocol)
 
-    value = loaders.load("pickle", io.BytesIO(body), "zoo").value
+    value = loaders.load("pickle", io.BytesIO(body), "zoo", trusted=TRUST.types).value
 
     assert np.array_equal(value.predict(it.data), it.estimator.predict(it.data))
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from app import seal
 from app.errors import SettingsError
 from app.settings import Mode, Settings, load_settings, markdown, table, variables
 from tests.service import clean_environment
 
+PUBLIC_KEY = str(seal.public_key_of(seal.PrivateKey(bytes(range(32)))))
 ACCOUNT = "0123456789abcdef0123456789abcdef"
 R2 = {
     "R2_ENDPOINT_URL": "https://s3.example.com",
@@ -45,6 +47,12 @@ SAMPLES = {  # what each setting is read as, and from what
     ),
     "aliases": ("production, staging,production", ("production", "staging")),
     "required_models": ("churn,fraud", ("churn", "fraud")),
+    "trusted_types": ("shop.a.B, shop.c", frozenset({"shop.a.B", "shop.c"})),
+    "trusted_keys": (f"ci:{PUBLIC_KEY}", seal.parse_trusted_keys(f"ci:{PUBLIC_KEY}")),
+    "require_seal": ("true", True),
+    "version_policy": ("WARN", "warn"),
+    "memory_limit_bytes": ("536870912", 536870912),
+    "swap_policy": ("replace", "replace"),
     "max_body_bytes": ("2048", 2048),
     "max_rows": ("5", 5),
     "max_batch_rows": ("6", 6),
@@ -150,9 +158,11 @@ def test_each_variable_of_a_setting_is_read(monkeypatch, field, variable):
 
 
 def test_without_any_variable_every_setting_has_its_default():
-    defaults = Settings().model_dump()
+    settings = Settings()
 
-    assert defaults == {field: info.default for field, info in Settings.model_fields.items()}
+    assert {field: getattr(settings, field) for field in Settings.model_fields} == {
+        field: info.default for field, info in Settings.model_fields.items()
+    }
 
 
 @pytest.mark.parametrize("field", [field for field in Settings.model_fields if len(variables(field)) > 1])

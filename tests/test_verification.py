@@ -14,6 +14,7 @@ from app.storage.local import LocalStorage
 from app.verification import verify
 from tests.repository import ROWS, Watched, classifier, draft, dumped, linear, scaler
 from tests.service import clean_environment
+from tests.trusted import TRUST
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def storage(tmp_path):
 
 @pytest.fixture
 def manager(storage):
-    return ModelStorageManager(storage)
+    return ModelStorageManager(storage, trust=TRUST)
 
 
 async def verdicts(manager, *names):
@@ -94,7 +95,7 @@ DEFECTS = [
 
 def test_the_command_names_a_defect_and_ends_with_3_and_with_0_when_all_is_well(tmp_path):
     bucket = tmp_path / "bucket"
-    manager = ModelStorageManager(LocalStorage(bucket))
+    manager = ModelStorageManager(LocalStorage(bucket), trust=TRUST)
     manager.save("a", classifier(), scaler=scaler(), examples=ROWS[:5])
     (bucket / "models/bare.joblib").write_bytes(dumped(linear(1)))
     environment = clean_environment({"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(bucket)})

@@ -31,6 +31,7 @@ from app.storage.local import LocalStorage
 from tests import toys
 from tests.asgi import application, client, ready
 from tests.service import Service, running
+from tests.trusted import TRUST
 
 LIMIT_BYTES = 4 * 1024 * 1024
 SUM = {"model": "sum", "instances": [[1, 2, 3.5]]}
@@ -59,7 +60,7 @@ def three_classes() -> Any:
 
 def publish(folder: Path, **models: tuple[Any, Any]) -> None:
     """Publish models, each with its examples, to a folder that stands for the bucket."""
-    manager = ModelStorageManager(LocalStorage(folder))
+    manager = ModelStorageManager(LocalStorage(folder), trust=TRUST)
     for name, (model, examples) in models.items():
         manager.save(name, model, examples=examples)
 

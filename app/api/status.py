@@ -86,7 +86,8 @@ def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
     model, counters = slot.runner.model, slot.runner.counters
     report = model.report
     return body | {
-        "sealed": report.sealed,
+        "sealed": report.sealed_by is not None,
+        "sealed_by": report.sealed_by,
         "runtime": model.runtime,
         "parity": slot.parity,
         "golden_rows": len(model.golden.instances) if model.golden else 0,
@@ -101,7 +102,8 @@ def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
             for source in report.sources
         ],
         "seconds": slot.seconds,
-        "memory_bytes": report.resident_bytes,
+        "resident_bytes": report.taken.resident_bytes if report.taken else None,
+        "peak_bytes": report.taken.peak_bytes if report.taken else None,
         "methods": model.signature.methods,
         "signature": model.signature.model_dump(mode="json", exclude_none=True),
         "trained_with": report.trained_with,

@@ -18,10 +18,14 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What one read returned: the whole object's `info`, and `body`, all of its bytes or the span asked for."""
+    """What one read returned: the whole object's `info`, and `body`, all of its bytes or the span asked for.
+
+    `md5` is that of the whole object, where the place knows it.
+    """
 
     info: ObjectInfo
     body: bytes
+    md5: str | None = None
 
 
 class Storage(Protocol):

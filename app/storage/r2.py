@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import os
 import random
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -26,6 +27,7 @@ from aiobotocore.session import AioSession
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionClosedError,
     ConnectTimeoutError,
     EndpointConnectionError,
     HTTPClientError,
@@ -49,6 +51,7 @@ from app.errors import (
 from app.storage.base import ObjectInfo, StoredObject
 
 PAGE_KEYS = 1000  # the most that one page of a listing holds
+SENT_BYTES = 64 * 1024  # of a body whose progress is watched, handed to the connection at a time
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 8.0
 
@@ -81,6 +84,8 @@ _DENIED = {
         "the endpoint has no such bucket: check the bucket's name and the account, and whether the bucket was created"
         " in a jurisdiction: one in 'eu' or 'fedramp' answers only at that jurisdiction's endpoint (R2_JURISDICTION)"
     ),
+    "AuthorizationHeaderMalformed": "the bucket is in another region: set R2_REGION to the bucket's",
+    "InvalidRegionName": "the server knows no such region: set R2_REGION, for R2 to 'auto'",
     "InvalidBucketName": "this cannot be a bucket's name: check R2_BUCKET",
     "PermanentRedirect": "the bucket answers at another endpoint: check R2_ENDPOINT_URL",
 }
@@ -94,9 +99,13 @@ class _CutShort(Exception):
     """The answer's body is not as long as its headers say."""
 
 
+class _Altered(Exception):
+    """The answer's body is not the object's."""
+
+
 _PASSING = (  # OSError: time-outs, sockets and TLS
     *(HTTPClientError, BotoConnectionError, IncompleteReadError, ResponseParserError),
-    *(aiohttp.ClientError, OSError, _CutShort),
+    *(aiohttp.ClientError, OSError, _CutShort, _Altered),
 )
 _FOREIGN = (*_PASSING, BotoCoreError, ClientError)
 
@@ -120,6 +129,9 @@ class R2Storage:
     A call that fails for a passing reason (connection, time-out, throttling, server fault, a body that is cut) is made
     up to `max_attempts` times, with growing random pauses. `read_timeout_seconds` is the longest silence of the server,
     so it does not limit how long a large object may take.
+
+    `moved` is told of each object's bytes as they come and go: the key, how many more, and how many the object has. The
+    number is negative when a write has to begin again.
     """
 
     def __init__(
@@ -135,11 +147,13 @@ class R2Storage:
         read_timeout_seconds: float = 30.0,
         max_attempts: int = 4,
         max_connections: int = 10,
+        moved: Callable[[str, int, int], None] | None = None,
     ) -> None:
         url = urlsplit(endpoint_url)
         self._endpoint_url = url._replace(netloc=url.netloc.rpartition("@")[2]).geturl()  # it is shown: no password
         self._bucket = bucket
         self._max_attempts = max_attempts
+        self._moved = moved
         self._client: Any = None
         self._opened = AsyncExitStack()
         self._client_arguments = {
@@ -197,7 +211,10 @@ class R2Storage:
     async def get(
         self, key: str, *, span: range | None = None, if_match: str | None = None, if_none_match: str | None = None
     ) -> StoredObject:
-        """Return the object, or the bytes of it in `span`: see `Storage.get`. A body that was cut is never returned."""
+        """Return the object, or the bytes of it in `span`: see `Storage.get`.
+
+        A body that was cut is never returned, nor is a whole one that was altered, where the server tells its MD5.
+        """
         request: dict[str, Any] = {"Bucket": self._bucket, "Key": key}
         if span is not None:
             if not span or span.step != 1:
@@ -213,13 +230,21 @@ class R2Storage:
             async with answer["Body"] as stream:
                 body = await stream.read()
             body, size = _complete(answer, body, span)
-            return StoredObject(ObjectInfo(key, size, _etag(answer)), body)
+            etag, md5 = _etag(answer), _md5(answer)
+            if if_match not in (None, etag):  # something between the server and here does not know If-Match
+                raise PreconditionFailed(f"cannot read {key} in {self.describe()}: its ETag is {etag}, not {if_match}")
+            if md5 is not None and len(body) == size and await asyncio.to_thread(_md5_of, body) != md5:
+                raise _Altered
+            if self._moved is not None:
+                self._moved(key, len(body), size)
+            return StoredObject(ObjectInfo(key, size, etag), body, md5)
 
         return await self._call(f"read {key}", send)
 
     async def put(self, key: str, body: bytes, *, if_match: str | None = None, if_absent: bool = False) -> ObjectInfo:
         """Write the object: see `Storage.put`. A write whose answer was lost, but which happened, is a success."""
-        request: dict[str, Any] = {"Bucket": self._bucket, "Key": key, "Body": body}
+        watched = body if self._moved is None or not body else _Watched(body, partial(self._moved, key))
+        request: dict[str, Any] = {"Bucket": self._bucket, "Key": key, "Body": watched}
         if if_match is not None:
             request["IfMatch"] = f'"{if_match}"'
         if if_absent:
@@ -243,6 +268,9 @@ class R2Storage:
             return await self._call(f"write {key}", send)
         except ObjectNotFound as error:  # If-Match, and there is nothing to match
             raise PreconditionFailed(f"cannot write {key} in {self.describe()}: there is no such object") from error
+        except PreconditionFailed as error:
+            error.unsure = unsure
+            raise
 
     async def head(self, key: str) -> ObjectInfo:
         """Return the object's size and ETag. Raises `ObjectNotFound`."""
@@ -292,14 +320,13 @@ class R2Storage:
             except _FOREIGN as error:
                 if attempt >= self._max_attempts or not _is_transient(error):
                     raise self._translate(error, what, attempt) from error
-            longest = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS)
-            await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - it spreads load, it hides nothing
+            await asyncio.sleep(pause_seconds(attempt))
 
     async def _find_own_write(self, key: str, body: bytes) -> ObjectInfo | None:
         """Return what is stored if it is exactly `body`, as after a write whose answer was lost."""
         try:
             info = await self.head(key)
-            if info.etag == hashlib.md5(body, usedforsecurity=False).hexdigest():
+            if info.etag == _md5_of(body):
                 return info
             if info.size != len(body):
                 return None
@@ -318,6 +345,9 @@ class R2Storage:
         if code == "InvalidArgument" and "access key" in str(error.response["Error"].get("Message", "")):
             code = "InvalidAccessKeyId"  # R2's answer to a key id that has not even the right length
         remedy = _DENIED.get(code) or _DENIED_STATUSES.get(status)
+        region = str(error.response.get("Error", {}).get("Region", ""))
+        if code == "AuthorizationHeaderMalformed" and re.fullmatch(r"[a-z0-9-]{1,40}", region):
+            remedy = f"the bucket is in another region: set R2_REGION to {region!r}"
         if remedy:
             return StorageDenied(f"{failed}: {remedy} [{status} {code}]")
         match status:
@@ -332,6 +362,38 @@ class R2Storage:
             case 416:
                 return InvalidRange(f"{failed}: the range begins beyond the object's end")
         return StorageUnavailable(f"{failed}: the server answered {status} {code}{after}")
+
+
+def pause_seconds(attempt: int) -> float:
+    """Return how long to wait behind an attempt, the first being 1: anything up to a limit that doubles each time."""
+    longest = min(FIRST_PAUSE_SECONDS * 2.0 ** min(attempt, 20), LONGEST_PAUSE_SECONDS)
+    return random.uniform(0, longest)  # noqa: S311 - it spreads load, it hides nothing
+
+
+class _Watched:
+    """A body that tells how much of it has gone out: botocore reads it to sign it, and aiohttp iterates it to send it."""
+
+    def __init__(self, body: bytes, moved: Callable[[int, int], None]) -> None:
+        self._body = body
+        self._moved = moved
+        self._sent = 0
+        reader = io.BytesIO(body)
+        self.read, self.seek, self.tell = reader.read, reader.seek, reader.tell
+
+    def __len__(self) -> int:
+        return len(self._body)
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        size = len(self._body)
+        if self._sent:  # another attempt
+            self._moved(-self._sent, size)
+            self._sent = 0
+        with memoryview(self._body) as view:
+            for start in range(0, size, SENT_BYTES):
+                piece = view[start : start + SENT_BYTES]
+                yield piece  # and come back when the connection has taken it
+                self._sent += len(piece)
+                self._moved(len(piece), size)
 
 
 def _stay_in_region(context: dict[str, Any], **_: Any) -> None:
@@ -365,6 +427,19 @@ def _etag(answer: dict[str, Any]) -> str:
     return str(answer["ETag"]).strip('"')
 
 
+def _md5(answer: dict[str, Any]) -> str | None:
+    """Return the whole object's MD5 where its ETag is that: not if it came in parts, or is encrypted with a key of its own.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
+    """
+    plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
+    return etag if re.fullmatch("[0-9a-f]{32}", etag := _etag(answer)) and plain else None
+
+
+def _md5_of(body: bytes) -> str:
+    return hashlib.md5(body, usedforsecurity=False).hexdigest()
+
+
 def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
@@ -391,4 +466,12 @@ def _reason(error: Exception) -> str:
             return "no TLS connection: the certificate or the protocol was not accepted"
         case _CutShort():
             return f"the answer is incomplete: {error}"
+        case _Altered():
+            return "the bytes were altered on their way: their MD5 is not the object's"
+        case IncompleteReadError() | aiohttp.ClientPayloadError():
+            return "the answer is incomplete: the connection was closed in the middle"
+        case ConnectionClosedError():
+            return "the connection was closed before the answer was there"
+        case ResponseParserError():
+            return "the answer is none that S3 gives"
     return type(error).__name__

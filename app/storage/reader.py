@@ -22,7 +22,8 @@ class ObjectReader(io.RawIOBase):
 
     The object is fetched in chunks of `chunk_bytes`, up to `in_flight` at a time when it is read forward, each pinned
     to the ETag in `info`. With `chunk_digests` (one SHA-256 per chunk) no byte is handed out before its whole chunk is
-    checked; with `sha256`, `finish` checks the whole. At most `in_flight + 2` chunks are in memory.
+    checked; with `sha256`, `finish` checks the whole, without it by the MD5 that the storage has of it, if it has one.
+    At most `in_flight + 2` chunks are in memory.
 
     Belongs to one thread, never that of `loop`; only `close` may be called from another. Reading raises what the
     storage raises, `ArtifactMissing` when the object is replaced or removed meanwhile, and `DigestMismatch`.
@@ -56,6 +57,8 @@ class ObjectReader(io.RawIOBase):
         self._guard = threading.Lock()  # `close` in another thread against a fetch that is just being started
         self._stopped = False
         self._digest = hashlib.sha256()
+        self._md5 = None if sha256 is not None else hashlib.md5(usedforsecurity=False)
+        self._stored_md5: str | None = None
         self._digested_chunks = 0
         if chunk_digests and len(chunk_digests) != self._chunk_count:
             raise DigestMismatch(
@@ -98,13 +101,19 @@ class ObjectReader(io.RawIOBase):
     def finish(self) -> str:
         """Read whatever was not read yet, and return the SHA-256 of the whole, in hexadecimal.
 
-        Raises `DigestMismatch` when it is not the `sha256` that was expected.
+        Raises `DigestMismatch` when it is not the `sha256` that was expected; `StorageUnavailable` when there was none, and
+        the bytes are not those that the storage has.
         """
         while self._digested_chunks < self._chunk_count:
             self._chunk(self._digested_chunks)
         found = self._digest.hexdigest()
         if self._sha256 is not None and found != self._sha256:
             raise DigestMismatch(f"{self._label}: sha256 is {found}, expected {self._sha256}")
+        if self._md5 is not None and self._stored_md5 not in (None, self._md5.hexdigest()):
+            raise StorageUnavailable(
+                f"{self._label}: the bytes were altered on their way: their MD5 is {self._md5.hexdigest()}, "
+                f"the object's is {self._stored_md5}"
+            )
         return found
 
     @override
@@ -132,6 +141,8 @@ class ObjectReader(io.RawIOBase):
         self._latest = index
         if index == self._digested_chunks:
             self._digest.update(body)
+            if self._md5 is not None:
+                self._md5.update(body)
             self._digested_chunks += 1
         return body
 
@@ -160,7 +171,8 @@ class ObjectReader(io.RawIOBase):
     async def _fetch_chunk(self, index: int) -> bytes:
         start = index * self._chunk_bytes
         span = range(start, min(start + self._chunk_bytes, self._info.size))
-        body = (await self._storage.get(self._info.key, span=span, if_match=self._info.etag)).body
+        stored = await self._storage.get(self._info.key, span=span, if_match=self._info.etag)
+        body, self._stored_md5 = stored.body, stored.md5
         where = f"{self._label}: bytes {span.start} to {span.stop - 1}"
         if len(body) != len(span):
             raise DigestMismatch(f"{where}: expected {len(span)} bytes, got {len(body)}")

@@ -229,9 +229,11 @@ async def test_the_copy_of_another_bucket_is_not_used(storage, r2_arguments, roo
 
 async def test_bytes_that_came_damaged_are_not_kept(storage, copying, remote, proxy, root):
     put = await remote.put(KEY, BODY)
-    proxy.inject(faults.corrupt(500), method="GET", times=2)
-    assert (await storage.get(KEY)).body != BODY  # who asks has digests to find out
-    await storage.get(KEY, span=range(0, len(BODY)), if_match=put.etag)
+    half = len(BODY) // 2
+    proxy.inject(faults.corrupt(500), method="GET", span="bytes=0-")
+    first = await storage.get(KEY, span=range(half), if_match=put.etag)
+    assert first.body != BODY[:half]  # who asks has digests to find out
+    await storage.get(KEY, span=range(half, len(BODY)), if_match=put.etag)
     assert not (root / KEY).exists()
 
     await copying().get(KEY)

@@ -1,0 +1,238 @@
+"""Room for a model: what does not fit is refused before it is loaded, and what was there goes on, or makes room."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LinearRegression
+
+from app import memory
+from app.errors import ModelNotReady, StorageUnavailable
+from app.manifest import Golden
+from app.memory import MB, OVERHEAD_BYTES, Taken
+from app.model_storage import ModelStorageManager
+from app.names import ModelRef
+from app.publishing import Draft
+from app.registry import State
+from app.storage.local import LocalStorage
+from tests.repository import Served, Watched, draft, dumped, linear, serving
+from tests.trusted import TRUST
+
+LARGE_BYTES = 96 * MB
+ROW = [1.0, 2.0, 3.0]
+
+
+@cache
+def large(answer: int) -> Draft:
+    """A model of 96 MB, of which it uses little, that answers `answer`. What it takes is known, and need not be measured."""
+    model = LinearRegression()
+    model.coef_, model.intercept_, model.n_features_in_ = np.zeros(3), float(answer), 3
+    model.singular_ = np.zeros(LARGE_BYTES // 8)
+    small = draft(linear(answer))
+    part = replace(small.parts[0], body=dumped(model))
+    return replace(small, parts=(part,), taken=Taken(LARGE_BYTES, LARGE_BYTES))
+
+
+def wrong(answer: int) -> Draft:
+    return replace(large(answer), golden=Golden(instances=[ROW], outputs={"predict": [7.0]}))
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Watched(LocalStorage(tmp_path))
+
+
+@pytest.fixture
+def manager(storage):
+    return ModelStorageManager(storage, trust=TRUST)
+
+
+def room_for_one() -> int:
+    """A limit that the first large model fits under, and no second one beside it."""
+    memory.trim_heap()
+    return memory.resident_bytes() + LARGE_BYTES + OVERHEAD_BYTES + LARGE_BYTES // 2
+
+
+def answer(served: Served, name: str = "a") -> float:
+    model: Any = served.registry.get(name).model
+    return float(model.estimator.intercept_)
+
+
+async def test_what_does_not_fit_beside_what_is_served_is_refused_with_the_reason(manager):
+    await manager.publish("a", large(1))
+    async with serving(manager, memory_limit_bytes=room_for_one()) as served:
+        await served.refresher.look_now()
+        await manager.publish("a", large(2), promote=True)
+        outcome = await served.refresher.look_now()
+        reason = outcome.failed["a/2"]
+
+        assert re.match(r"a/2: needs about 1[56]\d MB to load, \d+ MB of \d+ MB are free", reason)
+        assert "(ML_MEMORY_LIMIT_BYTES): set ML_SWAP_POLICY=replace, which drops the old version first" in reason
+        assert answer(served) == 1
+        assert [(slot.ref.version, slot.state) for slot in served.registry.snapshot.slots()] == [
+            ("1", State.READY),
+            ("2", State.UNAVAILABLE),
+        ]
+        assert served.registry.not_ready() is None
+
+
+async def test_nothing_of_what_does_not_fit_is_read(manager, storage):
+    await manager.publish("a", large(1))
+    async with serving(manager, memory_limit_bytes=memory.resident_bytes() + 100 * MB) as served:
+        outcome = await served.refresher.look_now()
+
+        assert "needs about 152 MB to load" in outcome.failed["a/1"]
+        assert "ML_SWAP_POLICY" not in outcome.failed["a/1"]
+        assert ("get", "models/a/1/model.joblib") not in storage.calls
+        with pytest.raises(ModelNotReady, match="a/1 is UNAVAILABLE: a/1: needs about 152 MB"):
+            served.registry.get("a")
+
+
+async def test_what_did_not_fit_is_loaded_when_something_else_has_gone(manager):
+    await manager.publish("a", large(1))
+    async with serving(manager, memory_limit_bytes=room_for_one(), refresh_seconds=1.0) as served:
+        await served.refresher.look_now()
+        await manager.publish("b", large(2))
+        assert "b/1" in (await served.refresher.look_now()).failed
+        await manager.publish("a", draft(linear(3)), promote=True)
+        served.refresher.start()
+
+        await served.until(lambda: served.registry.snapshot.entries["b"].serving)
+        assert answer(served, "b") == 2
+
+
+async def test_an_old_version_that_may_be_replaced_is_dropped_first(manager, storage):
+    await manager.publish("a", large(1))
+    async with serving(manager, memory_limit_bytes=room_for_one(), swap_policy="replace") as served:
+        await served.refresher.look_now()
+        before = memory.resident_bytes()
+        await manager.publish("a", large(2), promote=True)
+        arrived, release = storage.hold("get", "a/2/model.joblib")
+        look = asyncio.create_task(served.refresher.look_now())
+        await arrived.wait()
+
+        with pytest.raises(ModelNotReady, match="a/2 is LOADING: it takes the place of a/1: there is no room for both"):
+            served.registry.get("a")
+        assert memory.resident_bytes() < before - LARGE_BYTES // 2
+        release.set()
+        outcome = await look
+        assert outcome.loaded == ("a/2",)
+        assert answer(served) == 2
+        assert [slot.ref.version for slot in served.registry.snapshot.slots()] == ["2"]
+
+
+async def test_requests_that_were_accepted_are_answered_before_the_old_version_goes(manager):
+    await manager.publish("a", large(1))
+    async with serving(manager, memory_limit_bytes=room_for_one(), swap_policy="replace") as served:
+        await served.refresher.look_now()
+        await manager.publish("a", large(2), promote=True)
+        runner = served.registry.get("a")
+        rows = runner.model.signature.validate([ROW])
+        asked = [asyncio.create_task(runner.predict(rows, "predict")) for _ in range(3)]
+        await asyncio.sleep(0)
+        del runner
+        await served.refresher.look_now()
+
+        assert {float(np.ravel(await answered)[0]) for answered in asked} == {1.0}
+        assert answer(served) == 2
+
+
+async def test_the_old_version_is_brought_back_when_the_new_one_fails(manager, storage):
+    await manager.publish("a", large(1))
+    async with serving(
+        manager, memory_limit_bytes=room_for_one(), swap_policy="replace", refresh_seconds=1.0
+    ) as served:
+        await served.refresher.look_now()
+        await manager.publish("a", wrong(2), promote=True)
+        served.refresher.start()
+        await served.until(lambda: served.registry.snapshot.entries["a"].slots.get("2"))
+        await served.until(lambda: served.slot("a").state is State.UNAVAILABLE or served.slot("a").ref.version == "1")
+        await served.until(lambda: served.registry.snapshot.entries["a"].serving)
+
+        assert answer(served) == 1
+        states = {slot.ref.version: slot for slot in served.registry.snapshot.slots()}
+        assert states["1"].state is State.READY
+        assert states["2"].state is State.UNAVAILABLE
+        assert "a/2: golden row 0: predict gave" in (states["2"].reason or "")
+
+        loads = storage.calls.count(("get", "models/a/2/model.joblib"))
+        served.refresher._failures.clear()  # as if its pause were over
+        looks = storage.calls.count(("get", "models/index.json"))
+        await served.until(lambda: storage.calls.count(("get", "models/index.json")) >= looks + 2)
+        assert storage.calls.count(("get", "models/a/2/model.joblib")) == loads  # not dropped in vain a second time
+        assert answer(served) == 1
+
+
+async def test_what_cannot_be_brought_back_at_once_is_brought_back_later(manager, storage):
+    await manager.publish("a", large(1))
+    async with serving(manager, memory_limit_bytes=room_for_one(), swap_policy="replace") as served:
+        await served.refresher.look_now()
+        await manager.publish("a", large(2), promote=True)
+        storage.fail(StorageUnavailable("cut off"), "get", "model.joblib")
+        outcome = await served.refresher.look_now()
+
+        assert outcome.passing
+        assert "cut off" in outcome.failed["a/2"]
+        with pytest.raises(ModelNotReady):
+            served.registry.get("a")
+        storage.fail(StorageUnavailable("cut off"), "get", "a/2/model.joblib")
+        await served.refresher.look_now()
+        assert answer(served) == 1
+        storage.fail(None)
+        await served.refresher.look_now()
+        assert answer(served) == 2
+
+
+async def test_nothing_is_dropped_for_what_would_not_fit_even_then(manager):
+    await manager.publish("a", large(1))
+    async with serving(manager, memory_limit_bytes=room_for_one(), swap_policy="replace") as served:
+        await served.refresher.look_now()
+        runner = served.registry.get("a")
+        await manager.publish("a", replace(large(2), taken=Taken(900 * MB, 900 * MB)), promote=True)
+        outcome = await served.refresher.look_now()
+
+        assert re.search(r"needs about (9|1[01])\d\d MB", outcome.failed["a/2"])
+        assert served.registry.get("a") is runner
+
+
+async def test_a_bare_model_is_never_dropped_because_its_old_file_is_gone(manager, storage):
+    async with manager.storage:
+        await storage.put("models/a.joblib", large(1).parts[0].body)
+    async with serving(manager, memory_limit_bytes=room_for_one() + 96 * MB, swap_policy="replace") as served:
+        await served.refresher.look_now()
+        await storage.put("models/a.joblib", large(2).parts[0].body)
+        outcome = await served.refresher.look_now()
+
+        assert "to load" in next(iter(outcome.failed.values()))
+        assert answer(served) == 1
+
+
+async def test_another_alias_keeps_its_version(storage):
+    manager = ModelStorageManager(storage, aliases=("production", "staging"), trust=TRUST)
+    await manager.publish("a", large(1))
+    async with serving(
+        manager, memory_limit_bytes=room_for_one(), swap_policy="replace", aliases=("production", "staging")
+    ) as served:
+        await manager._change_index(lambda index: index.with_alias("a", "staging", "1", at=""))
+        await served.refresher.look_now()
+        await manager.publish("a", large(2), promote=True)
+        await served.refresher.look_now()
+
+        assert served.registry.get("a", alias="staging").model.ref == ModelRef("a", "1")
+        assert answer(served) == 1
+
+
+async def test_the_status_of_a_load_has_what_it_took(manager):
+    await manager.publish("a", large(1))
+    async with serving(manager) as served:
+        await served.refresher.look_now()
+        taken = served.registry.get("a").model.report.taken
+
+        assert taken is not None
+        assert 0.9 * LARGE_BYTES < taken.resident_bytes <= taken.peak_bytes < 1.5 * LARGE_BYTES
