@@ -4,13 +4,15 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint clean FORCE
+.PHONY: help run test lint conformance bench clean FORCE
 
 help:
 	@echo "make run    serve on http://127.0.0.1:8000 (PORT=...): your bucket if R2_* is set, else four demo models"
 	@echo "make test   install what the tests need, then run them (ARGS='-k storage -x' goes to pytest)"
 	@echo "make lint   formatting, rules, types"
-	@echo "make clean  remove .venv, .demo and caches"
+	@echo "make conformance  the tests of the storage against Ceph's radosgw and Cloudflare's R2 emulator, where they can be had"
+	@echo "make bench  measure what loading costs (three minutes), and write it into bench/RESULTS.md"
+	@echo "make clean  remove .venv, .demo, .conformance and caches"
 
 run: $(VENV)/installed
 	@$(PYTHON) -m demo
@@ -23,8 +25,15 @@ lint: $(VENV)/installed-dev
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m mypy
 
+# radosgw comes from apt (as root), everything else goes into .conformance
+conformance: $(VENV)/installed-dev
+	@$(PYTHON) -m conformance $(ARGS)
+
+bench: $(VENV)/installed-dev
+	@$(PYTHON) -m bench $(ARGS)
+
 clean:
-	rm -rf $(VENV) .demo .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage .coverage.*
+	rm -rf $(VENV) .demo .conformance .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 TO_RUN := ml-requirements.txt requirements.txt demo/requirements.txt

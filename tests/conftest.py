@@ -6,6 +6,7 @@ import boto3
 import pytest
 from botocore.config import Config
 
+from conformance.server import Server
 from demo.s3 import S3Server, start
 
 
@@ -15,8 +16,11 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server | Server]:
     """The S3 server; `s3.writer` and `s3.reader` are its two credentials."""
+    if plugin := request.config.pluginmanager.get_plugin("conformance.plugin"):  # `make conformance` has its own
+        yield plugin.server()
+        return
     with start(tmp_path_factory.mktemp("s3")) as server:
         yield server
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import sys
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -106,7 +107,8 @@ def corrupt(at_byte: int) -> Fault:
 
     def flip(answer: Answer) -> Answer:
         body = bytearray(answer.body)
-        body[at_byte] ^= 0xFF
+        if body:  # that of an error to a HEAD, or of a 304, has none
+            body[at_byte] ^= 0xFF
         return Answer(answer.status, answer.headers, bytes(body))
 
     return Fault(spoil=flip)
@@ -117,12 +119,51 @@ def delay(seconds: float) -> Fault:
     return Fault(delay_seconds=seconds)
 
 
+def replay(answer: Answer) -> Fault:
+    """Answer as the server did earlier, as a replica does that lags behind: 304 to who has that very state."""
+    return Fault(instead=answer)
+
+
+def resize(by_bytes: int) -> Fault:
+    """Say another Content-Length than the object has; for HEAD, which sends no body."""
+
+    def change(answer: Answer) -> Answer:
+        lengths = {name: int(value) + by_bytes for name, value in answer.headers.items() if _is(name, "content-length")}
+        return Answer(answer.status, answer.headers | {name: str(size) for name, size in lengths.items()}, b"")
+
+    return Fault(spoil=change)
+
+
+def after(event: Callable[[], object], fault: Fault) -> Fault:
+    """Do `fault`, and let something happen on the server between its answer and what the client sees of it."""
+
+    def spoil(answer: Answer) -> Answer:
+        event()
+        return fault.spoil(answer)
+
+    return replace(fault, spoil=spoil)
+
+
+def _is(name: str, lower: str) -> bool:
+    return name.lower() == lower
+
+
+def _header(headers: Mapping[str, str], lower: str) -> str:
+    return next((value for name, value in headers.items() if _is(name, lower)), "")
+
+
 @dataclass
 class _Rule:
     fault: Fault
     method: str | None
     containing: str
+    span: str
     times: int
+
+    def is_for(self, method: str, target: str, span: str) -> bool:
+        return bool(
+            self.times and self.method in (None, method) and self.containing in target and span.startswith(self.span)
+        )
 
 
 @dataclass
@@ -135,6 +176,7 @@ class FaultyProxy:
 
     def __enter__(self) -> Self:
         self._rules: list[_Rule] = []
+        self._recorded: tuple[str, list[Answer]] | None = None
         self._guard = threading.Lock()
         self._over = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _Handler, self)
@@ -154,12 +196,17 @@ class FaultyProxy:
     @property
     def url(self) -> str:
         """The endpoint to give to the client."""
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://127.0.0.1:{self._server.server_port}{urlsplit(self.target).path}"
 
-    def inject(self, fault: Fault, *, method: str | None = None, containing: str = "", times: int = 1) -> None:
-        """Do `fault` to the next `times` requests with this method and this in their path and query."""
+    def inject(
+        self, fault: Fault, *, method: str | None = None, containing: str = "", span: str = "", times: int = 1
+    ) -> None:
+        """Do `fault` to the next `times` requests with this method and this in their path and query.
+
+        With `span`, only to those whose Range begins so: `bytes=0-` is the beginning of an object.
+        """
         with self._guard:
-            self._rules.append(_Rule(fault, method, containing, times))
+            self._rules.append(_Rule(fault, method, containing, span, times))
 
     def heal(self) -> None:
         """Forget all faults, and let go what hangs or is delayed."""
@@ -172,10 +219,25 @@ class FaultyProxy:
         """Return the methods of all requests so far."""
         return [seen.method for seen in self.seen]
 
-    def _fault(self, method: str, target: str) -> Fault:
+    @contextlib.contextmanager
+    def recording(self, containing: str) -> Iterator[list[Answer]]:
+        """Collect what the server answers with 200 to reads of targets with this in them, for `replay`."""
+        answers: list[Answer] = []
+        self._recorded = (containing, answers)
+        try:
+            yield answers
+        finally:
+            self._recorded = None
+
+    def _record(self, method: str, target: str, answer: Answer) -> None:
+        recorded = self._recorded
+        if recorded is not None and recorded[0] in target and (method, answer.status) == ("GET", 200):
+            recorded[1].append(answer)
+
+    def _fault(self, method: str, target: str, span: str) -> Fault:
         with self._guard:
             for rule in self._rules:
-                if rule.times and rule.method in (None, method) and rule.containing in target:
+                if rule.is_for(method, target, span):
                     rule.times -= 1
                     return rule.fault
         return Fault()
@@ -207,6 +269,10 @@ class _Server(ThreadingHTTPServer):
         self._connections.discard(request)
         super().shutdown_request(request)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that hangs up is no error of the proxy's
+            super().handle_error(request, client_address)
+
     def close_connections(self) -> None:
         for connection in list(self._connections):
             with contextlib.suppress(OSError):
@@ -224,11 +290,15 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
         proxy.seen.append(Seen(self.command, self.path, headers))
-        fault = proxy._fault(self.command, self.path)
+        fault = proxy._fault(self.command, self.path, _header(headers, "range"))
         over = proxy._over
         answer = fault.instead or Answer(204, {}, b"")
+        if (etag := _header(answer.headers, "etag")) and etag == _header(headers, "if-none-match"):
+            answer = Answer(304, answer.headers, b"")
         if fault.asks and not fault.instead:
-            answer = fault.spoil(proxy._ask(self.command, self.path, headers, body))
+            answer = proxy._ask(self.command, self.path, headers, body)
+            proxy._record(self.command, self.path, answer)
+            answer = fault.spoil(answer)
         if fault.delay_seconds:
             over.wait(fault.delay_seconds)
         if fault.sent_bytes != 0:
@@ -244,10 +314,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in answer.headers.items():
             if name.lower() not in own:
                 self.send_header(name, value)
-        if self.command == "HEAD":
-            length = {name.lower(): value for name, value in answer.headers.items()}.get("content-length", "0")
-        else:
-            length = str(len(answer.body))
+        promised = _header(answer.headers, "content-length") if self.command == "HEAD" else ""
+        length = promised or str(len(answer.body))
         if answer.status not in (204, 304):
             self.send_header("Content-Length", length)
         self.end_headers()
