@@ -11,7 +11,7 @@ help:
 	@echo "make test   install what the tests need, then run them (ARGS='-k storage -x' goes to pytest)"
 	@echo "make lint   formatting, rules, types"
 	@echo "make conformance  the tests of the storage against Ceph's radosgw and Cloudflare's R2 emulator, where they can be had"
-	@echo "make bench  measure what loading costs (three minutes), and write it into bench/RESULTS.md"
+	@echo "make bench  measure what loading costs (minutes), and write it into bench/RESULTS.md"
 	@echo "make clean  remove .venv, .demo, .conformance and caches"
 
 run: $(VENV)/installed

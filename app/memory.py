@@ -247,20 +247,21 @@ MEASURED_FROM_BYTES = MB  # what is stored in less takes nothing that counts
 HEAD_BYTES = 10  # of an artifact that tell how it was written
 
 # What loads took here, in multiples of the stored size (resident, peak): the most of random forests, histogram boosting, nearest
-# neighbours and linear models of 5 to 70 MB, rounded up. scikit-learn 1.9, numpy 2.5, joblib 1.6, skops 0.16, glibc, x86-64.
-# Arrays are at the peak what they are afterwards, forests twice that, with skops two and three times. Where Python objects
-# outweigh numbers it is more: thousands of tiny trees take 5 times their size, the vocabulary of a text vectoriser 12 times.
-# A compressed size tells least: a matrix of zeros is 200 times its zlib size.
+# neighbours and linear models of 5 to 30 MB, rounded up. scikit-learn 1.9, numpy 2.5, joblib 1.6, skops 0.16, glibc, x86-64.
+# Large files are at the peak what they are afterwards; of many small trees, and whatever is packed, a little more stays beside.
+# Protocol 2 writes bytes as text, and skops reads a file into memory before it makes an array of it: both at once are the peak.
+# Where Python objects outweigh numbers it is more: thousands of tiny trees take 5 times their size, the vocabulary of a text
+# vectoriser 7 times. A compressed size tells least: a matrix of zeros is 200 times its zlib size.
 _FACTORS: Mapping[str, tuple[float, float]] = {
-    "joblib": (1.4, 2.2),
-    "joblib, zlib": (5.2, 11.0),
-    "joblib, bz2": (7.5, 16.0),
-    "joblib, xz": (9.0, 20.5),
-    "joblib, lz4": (5.2, 11.0),  # not measured: it packs less than zlib
-    "pickle": (1.4, 2.2),
-    "pickle, protocol 2": (1.0, 2.6),
+    "joblib": (1.1, 1.4),
+    "joblib, zlib": (6.0, 7.2),
+    "joblib, bz2": (9.2, 10.3),
+    "joblib, xz": (9.0, 12.0),
+    "joblib, lz4": (6.0, 7.2),  # not measured: it packs less than zlib
+    "pickle": (1.1, 1.4),
+    "pickle, protocol 2": (1.0, 2.0),
     "skops": (1.1, 3.1),
-    "skops, deflated": (5.5, 16.5),
+    "skops, deflated": (6.0, 18.1),
 }
 _COMPRESSORS = {
     b"\x78": "zlib",
@@ -274,7 +275,8 @@ _COMPRESSORS = {
 _FALLBACK = "joblib, zlib"  # for a format that is not known here
 
 LIBRARIES_BYTES = 150 * MB  # of scikit-learn, scipy, pandas and what they import, before the first model needs them
-OVERHEAD_BYTES = 56 * MB  # chunks in flight, buffers, what requests and golden rows need; more than a load is stopped at
+# Chunks in flight, buffers, what requests and golden rows need meanwhile. More than what a load is stopped at.
+OVERHEAD_BYTES = 56 * MB
 MIN_LEARNT_BYTES = 16 * MB  # of anything smaller, the heap's own coming and going is too large a part
 MAX_CORRECTION = 8.0
 REMEMBERED_LOADS = 8
@@ -425,5 +427,5 @@ class Watched(io.RawIOBase):
 
 PIECE_BYTES = 32 * 1024  # becomes at most 32 MB, as zlib packs a thousand times at best
 LARGE_PIECE_BYTES = MB  # of what is not compressed
-LOOK_EVERY_BYTES = 8 * MB  # of growth; a look takes a millisecond
+LOOK_EVERY_BYTES = 16 * MB  # of growth; a look takes a millisecond
 RESERVE_BYTES = 48 * MB

@@ -374,8 +374,8 @@ def test_an_estimate_from_sizes_takes_the_parts_one_after_the_other():
     estimate = Estimator().estimate([Stored("joblib", 10 * MB), Stored("joblib", 100 * MB)])
 
     assert estimate.kind == "joblib"
-    assert estimate.resident_bytes == pytest.approx(1.4 * 110 * MB)
-    assert estimate.peak_bytes == pytest.approx(1.4 * 10 * MB + 2.2 * 100 * MB + OVERHEAD_BYTES)
+    assert estimate.resident_bytes == pytest.approx(1.1 * 110 * MB)
+    assert estimate.peak_bytes == pytest.approx(1.1 * 10 * MB + 1.4 * 100 * MB + OVERHEAD_BYTES)
 
 
 def test_what_the_publisher_measured_is_what_is_expected():
@@ -398,11 +398,11 @@ def test_the_largest_part_names_the_kind():
 def test_what_loads_really_took_raises_the_next_estimate_of_that_kind_only():
     estimator = Estimator()
     first = estimator.estimate([Stored("joblib", 100 * MB)])
-    estimator.learn(first, Taken(280 * MB, 440 * MB))
+    estimator.learn(first, Taken(220 * MB, 280 * MB))
     second = estimator.estimate([Stored("joblib", 50 * MB)])
 
-    assert second.resident_bytes == pytest.approx(140 * MB, abs=10)
-    assert second.peak_bytes == pytest.approx(220 * MB + OVERHEAD_BYTES, abs=10)
+    assert second.resident_bytes == pytest.approx(110 * MB, abs=10)
+    assert second.peak_bytes == pytest.approx(140 * MB + OVERHEAD_BYTES, abs=10)
     assert estimator.correction("joblib") == (2.0, 2.0)
     assert estimator.correction("skops") == (1.0, 1.0)
 
@@ -410,11 +410,11 @@ def test_what_loads_really_took_raises_the_next_estimate_of_that_kind_only():
 def test_the_worst_of_the_recent_loads_counts_and_is_forgotten_after_some():
     estimator = Estimator()
     estimate = estimator.estimate([Stored("joblib", 100 * MB)])
-    estimator.learn(estimate, Taken(140 * MB, 660 * MB))
+    estimator.learn(estimate, Taken(110 * MB, 420 * MB))
     for _ in range(memory.REMEMBERED_LOADS - 1):
-        estimator.learn(estimate, Taken(140 * MB, 220 * MB))
+        estimator.learn(estimate, Taken(110 * MB, 140 * MB))
     remembered = estimator.correction("joblib")
-    estimator.learn(estimate, Taken(140 * MB, 220 * MB))
+    estimator.learn(estimate, Taken(110 * MB, 140 * MB))
 
     assert remembered == (1.0, 3.0)
     assert estimator.correction("joblib") == (1.0, 1.0)

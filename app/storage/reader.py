@@ -6,14 +6,16 @@ import asyncio
 import hashlib
 import io
 import threading
+from collections import deque
 from collections.abc import Buffer, Iterable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import override
 
 from app.errors import ArtifactMissing, DigestMismatch, ObjectNotFound, PreconditionFailed, StorageUnavailable
 from app.storage.base import ObjectInfo, Storage
 
 CHUNK_BYTES = 4 * 1024 * 1024
+MAX_UNDIGESTED = 2  # chunks that wait for a digest of the whole
 KEPT_CHUNKS = 2  # the one being read, and the one before: readers step back a little more often than far
 
 
@@ -22,8 +24,8 @@ class ObjectReader(io.RawIOBase):
 
     The object is fetched in chunks of `chunk_bytes`, up to `in_flight` at a time when it is read forward, each pinned
     to the ETag in `info`. With `chunk_digests` (one SHA-256 per chunk) no byte is handed out before its whole chunk is
-    checked; with `sha256`, `finish` checks the whole, without it by the MD5 that the storage has of it, if it has one.
-    At most `in_flight + 2` chunks are in memory.
+    checked. Without them `finish` checks the whole: by `sha256`, or else by the MD5 that the storage has of it, if it has
+    one. At most `in_flight + 4` chunks are in memory.
 
     Belongs to one thread, never that of `loop`; only `close` may be called from another. Reading raises what the
     storage raises, `ArtifactMissing` when the object is replaced or removed meanwhile, and `DigestMismatch`.
@@ -56,10 +58,10 @@ class ObjectReader(io.RawIOBase):
         self._fetching: dict[int, Future[bytes]] = {}
         self._guard = threading.Lock()  # `close` in another thread against a fetch that is just being started
         self._stopped = False
-        self._digest = hashlib.sha256()
-        self._md5 = None if sha256 is not None else hashlib.md5(usedforsecurity=False)
         self._stored_md5: str | None = None
-        self._digested_chunks = 0
+        self._read_chunks = 0  # those that were read in order, so far
+        # What every chunk was checked by need not be digested once more as a whole.
+        self._whole = None if chunk_digests and sha256 is not None else _Whole(md5=sha256 is None)
         if chunk_digests and len(chunk_digests) != self._chunk_count:
             raise DigestMismatch(
                 f"{label}: {info.size} bytes are {self._chunk_count} chunks, but {len(chunk_digests)} are recorded"
@@ -104,14 +106,17 @@ class ObjectReader(io.RawIOBase):
         Raises `DigestMismatch` when it is not the `sha256` that was expected; `StorageUnavailable` when there was none, and
         the bytes are not those that the storage has.
         """
-        while self._digested_chunks < self._chunk_count:
-            self._chunk(self._digested_chunks)
-        found = self._digest.hexdigest()
+        while self._read_chunks < self._chunk_count:
+            self._chunk(self._read_chunks)
+        if self._whole is None:
+            assert self._sha256 is not None
+            return self._sha256
+        found, md5 = self._whole.digests()
         if self._sha256 is not None and found != self._sha256:
             raise DigestMismatch(f"{self._label}: sha256 is {found}, expected {self._sha256}")
-        if self._md5 is not None and self._stored_md5 not in (None, self._md5.hexdigest()):
+        if md5 is not None and self._stored_md5 not in (None, md5):
             raise StorageUnavailable(
-                f"{self._label}: the bytes were altered on their way: their MD5 is {self._md5.hexdigest()}, "
+                f"{self._label}: the bytes were altered on their way: their MD5 is {md5}, "
                 f"the object's is {self._stored_md5}"
             )
         return found
@@ -124,6 +129,8 @@ class ObjectReader(io.RawIOBase):
             fetching = list(self._fetching.values())
         for future in fetching:
             future.cancel()
+        if self._whole is not None:
+            self._whole.close()
         super().close()
 
     def _chunk(self, index: int) -> bytes:
@@ -139,11 +146,13 @@ class ObjectReader(io.RawIOBase):
             if forward:
                 self._fetch(range(index + 1, index + 1 + self._in_flight))
         self._latest = index
-        if index == self._digested_chunks:
-            self._digest.update(body)
-            if self._md5 is not None:
-                self._md5.update(body)
-            self._digested_chunks += 1
+        if index == self._read_chunks:
+            if self._whole is not None:
+                try:
+                    self._whole.add(body)
+                except (CancelledError, RuntimeError) as error:  # its thread has been let go
+                    raise StorageUnavailable(f"{self._label}: closed while it was read") from error
+            self._read_chunks += 1
         return body
 
     def _fetch(self, wanted: Iterable[int]) -> None:
@@ -181,6 +190,37 @@ class ObjectReader(io.RawIOBase):
             if found != self._chunk_digests[index]:
                 raise DigestMismatch(f"{where}: sha256 is {found}, expected {self._chunk_digests[index]}")
         return body
+
+
+class _Whole:
+    """The digests of a whole, computed in a thread of their own: whoever reads does not wait for them, but for the last."""
+
+    def __init__(self, *, md5: bool) -> None:
+        self._sha256 = hashlib.sha256()
+        self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
+        self._waiting: deque[Future[None]] = deque()
+
+    def add(self, body: bytes) -> None:
+        """Digest these bytes next. At most two pieces wait to be: each is kept in memory meanwhile."""
+        while len(self._waiting) >= MAX_UNDIGESTED:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._update, body))
+
+    def digests(self) -> tuple[str, str | None]:
+        """Return SHA-256 and MD5 of all that was added, in hexadecimal."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._sha256.hexdigest(), self._md5.hexdigest() if self._md5 is not None else None
+
+    def close(self) -> None:
+        """Let the thread go."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _update(self, body: bytes) -> None:
+        self._sha256.update(body)
+        if self._md5 is not None:
+            self._md5.update(body)
 
 
 def _sha256(body: bytes) -> str:

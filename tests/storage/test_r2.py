@@ -129,7 +129,9 @@ async def test_a_whole_body_that_was_altered_is_fetched_again_and_never_returned
     assert (await storage.get(READ, span=span)).body == BODY
     proxy.inject(faults.corrupt(1000), method="GET", times=faults.FOR_EVER)
 
-    with pytest.raises(StorageUnavailable, match=r"altered on their way: their MD5 is not the object's \(attempts: 4\)"):
+    with pytest.raises(
+        StorageUnavailable, match=r"altered on their way: their MD5 is not the object's \(attempts: 4\)"
+    ):
         await storage.get(READ, span=span)
 
 
