@@ -249,7 +249,7 @@ HEAD_BYTES = 10  # of an artifact that tell how it was written
 # What loads took here, in multiples of the stored size (resident, peak): the most of random forests, histogram boosting, nearest
 # neighbours and linear models of 5 to 30 MB, rounded up. scikit-learn 1.9, numpy 2.5, joblib 1.6, skops 0.16, glibc, x86-64.
 # Large files are at the peak what they are afterwards; of many small trees, and whatever is packed, a little more stays beside.
-# Protocol 2 writes bytes as text, and skops reads a file into memory before it makes an array of it: both at once are the peak.
+# Protocol 2 writes bytes as text, and trees are made of arrays that skops has read: both at once are the peak.
 # Where Python objects outweigh numbers it is more: thousands of tiny trees take 5 times their size, the vocabulary of a text
 # vectoriser 7 times. A compressed size tells least: a matrix of zeros is 200 times its zlib size.
 _FACTORS: Mapping[str, tuple[float, float]] = {
@@ -260,8 +260,8 @@ _FACTORS: Mapping[str, tuple[float, float]] = {
     "joblib, lz4": (6.0, 7.2),  # not measured: it packs less than zlib
     "pickle": (1.1, 1.4),
     "pickle, protocol 2": (1.0, 2.0),
-    "skops": (1.1, 3.1),
-    "skops, deflated": (6.0, 18.1),
+    "skops": (1.1, 2.2),
+    "skops, deflated": (6.0, 12.5),
 }
 _COMPRESSORS = {
     b"\x78": "zlib",

@@ -88,7 +88,7 @@ def write(folder: Path, name: str, model: object, format: str, protocol: int) ->
         (linear, "joblib", "bare", 5, 1.3),
         (neighbours, "joblib", "sealed", 5, 1.3),
         (linear, "pickle", "sealed", 4, 1.3),
-        (linear, "skops", "sealed", 5, 2.2),  # skops has the bytes of an array whole before it makes the array
+        (linear, "skops", "sealed", 5, 1.3),
     ],
 )
 def test_the_peak_of_a_load_is_little_more_than_the_model(tmp_path, make, format, kind, protocol, factor):

@@ -14,9 +14,10 @@ import math
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, override
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, override
 
+import numpy as np
 from numpy.lib import format as npy
 
 from app.errors import LoadFailed, UntrustedType
@@ -48,14 +49,32 @@ def load(stream: io.BufferedReader, *, trusted: frozenset[str] = frozenset(), ma
             audit_tree(tree, trusted=names)
         except UntrustedTypesFoundException as error:  # a method, which has no node of its own
             raise UntrustedType(" ".join(str(error).split())) from error
+        _place_arrays(tree, archive.arrays)
         _check_trees(tree)
         value = tree.construct()
     soundness.check(value)
     return value
 
 
+def _place_arrays(root: Any, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Give each node of an array the one that was read for it, which it would make from bytes otherwise."""
+    from skops.io._utils import gettype
+
+    for node in _tree_nodes(root, "NdArrayNode"):
+        if node.type == "numpy":
+            array = arrays[int(node.buffer.getvalue())]
+            full = f"{node.module_name}.{node.class_name}"
+            node._constructed = array if full == "numpy.ndarray" else gettype(node.module_name, node.class_name)(array)
+
+
 def _check_trees(root: Any) -> None:
     """Look at the sizes that trees are made with, before one is: compiled code goes by them at once."""
+    for node in _tree_nodes(root, "TreeNode"):
+        check_sizes(*node.args.construct())  # which is what it will be made with
+
+
+def _tree_nodes(root: Any, kind: str) -> Iterator[Any]:
+    """Yield the nodes of a kind below `root`."""
     seen: set[int] = set()
     rest = [root]
     while rest:
@@ -63,8 +82,8 @@ def _check_trees(root: Any) -> None:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if type(item).__name__ == "TreeNode":
-            check_sizes(*item.args.construct())  # which is what it will be made with
+        if type(item).__name__ == kind:
+            yield item
         inner = getattr(item, "children", item)
         if isinstance(inner, (dict, list)):
             rest.extend(inner.values() if isinstance(inner, dict) else inner)
@@ -90,21 +109,30 @@ class _Archive(zipfile.ZipFile):
     def __init__(self, stream: io.BufferedReader, max_bytes: int) -> None:
         super().__init__(stream)
         self._left = max_bytes
+        self.arrays: list[np.ndarray[Any, Any]] = []
 
     @override
     def read(self, name: Any, pwd: bytes | None = None) -> bytes:
-        """Return the bytes of an entry. skops calls this for each of its nodes, before it looks at any."""
+        """Return the bytes of an entry. skops calls this for each of its nodes, before it looks at any.
+
+        Arrays are read straight into their place among `arrays`, and what is returned is which one it is: all of them beside
+        the bytes that they are made of would be the archive twice in memory.
+        """
         if type(name) is not str:
             raise LoadFailed(f"names a file of it by a {type(name).__name__}")
         info = self.getinfo(name)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise LoadFailed("is compressed in a way that cannot be stopped: save it stored or deflated")
         self._take(info.file_size, name)
+        if name.endswith(".npy"):
+            with self.open(info) as part:
+                _check_array(part, info.file_size, name)
+                part.seek(0)
+                self.arrays.append(npy.read_array(part, allow_pickle=False))
+            return str(len(self.arrays) - 1).encode("ascii")
         body = super().read(info)
         if name == "schema.json":
             self._take(BYTES_PER_ITEM * sum(body.count(mark) for mark in (b"[", b"{", b",")), name)
-        elif name.endswith(".npy"):
-            self._check_array(io.BytesIO(body), len(body), name)
         elif name.endswith(".npz"):
             self._check_matrix(body, name)
         elif not name.endswith(".bin"):
@@ -116,16 +144,6 @@ class _Archive(zipfile.ZipFile):
         if self._left < 0:
             raise LoadFailed(f"becomes larger than it may with its {name!r:.100}, of {count:,} bytes")
 
-    def _check_array(self, body: io.BufferedIOBase, size: int, name: str) -> None:
-        """Refuse a header that promises another array than there is."""
-        version = npy.read_magic(body)
-        shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(body)
-        left = size - body.tell()
-        count = math.prod(shape)
-        if dtype.hasobject or (count and not dtype.itemsize) or count * dtype.itemsize != left:
-            raise LoadFailed(f"has {name!r:.100} with {left:,} bytes for {count:,} times {dtype.itemsize}")
-        self._take(left, name)
-
     def _check_matrix(self, body: bytes, name: str) -> None:
         with zipfile.ZipFile(io.BytesIO(body)) as inner:
             for info in inner.infolist():
@@ -134,8 +152,19 @@ class _Archive(zipfile.ZipFile):
                 ):
                     raise LoadFailed(f"has {name!r:.100} that is no sparse matrix")
                 self._take(info.file_size, name)
+                self._take(info.file_size, name)  # as the bytes, and as the array that is made of them
                 with inner.open(info) as part:
-                    self._check_array(part, info.file_size, name)  # type: ignore[arg-type]  # it reads like one
+                    _check_array(part, info.file_size, name)
+
+
+def _check_array(body: IO[bytes], size: int, name: str) -> None:
+    """Refuse a header that promises another array than there is."""
+    version = npy.read_magic(body)
+    shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(body)
+    left = size - body.tell()
+    count = math.prod(shape)
+    if dtype.hasobject or (count and not dtype.itemsize) or count * dtype.itemsize != left:
+        raise LoadFailed(f"has {name!r:.100} with {left:,} bytes for {count:,} times {dtype.itemsize}")
 
 
 def _check_schema(schema: Any, trusted: frozenset[str]) -> set[str]:

@@ -363,6 +363,8 @@ def _metric(metric: Any) -> None:
 def _neighbours(estimator: Any) -> None:
     own = vars(estimator)
     points, width = own.get("_fit_X"), _whole(own.get("n_features_in_"))
+    count = own.get("n_neighbors")  # the nearest of none would still be written down
+    _demand(count is None or _whole(count) > 0, f"a {type(estimator).__name__} looks for no neighbours")
     if points is None:
         return
     _demand(

@@ -49,6 +49,8 @@ class Source:
         """Refuse to make room for more bytes than can come."""
         left = self._end - self.stream.tell()
         if count > left:
+            if self._packed:  # where it ends is not known, only where it has to
+                raise _grown(self._end)
             raise LoadFailed(f"promises {count:,} bytes where {max(0, left):,} are left")
 
     def fill(self, view: memoryview) -> None:
@@ -63,6 +65,10 @@ class Source:
         """Read what is packed to its end, where there is a checksum of it."""
         while self._packed and self.stream.read(CHUNK_BYTES):
             pass
+
+
+def _grown(max_bytes: int) -> LoadFailed:
+    return LoadFailed(f"is compressed and becomes more than the {max_bytes:,} bytes that it may take here")
 
 
 class _Decompressor(Protocol):
@@ -172,6 +178,6 @@ class _Inflated(io.RawIOBase):
                 raise EOFError("what is compressed ends in the middle")
         self._position += len(body)
         if self._position > self._max_bytes:
-            raise LoadFailed(f"is compressed and becomes more than the {self._max_bytes:,} bytes that it may take")
+            raise _grown(self._max_bytes)
         view[: len(body)] = body
         return len(body)

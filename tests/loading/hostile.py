@@ -608,7 +608,7 @@ def _(canary: Canary) -> bytes:
     return dumped(np.zeros(1000)).replace(item(1000), number(TEN_GB // 8), 1)
 
 
-@case("a header of 10 GB before an array, compressed", "promises [0-9,]+ bytes where", "joblib")
+@case("a header of 10 GB before an array, compressed", "is compressed and becomes more than the", "joblib")
 def _(canary: Canary) -> bytes:
     return zlib.compress(dumped(np.zeros(1000)).replace(item(1000), number(TEN_GB // 8), 1))
 
@@ -652,13 +652,13 @@ for name, pack in {
     "xz": lambda body: lzma.compress(body, preset=1),
     "lzma": lambda body: lzma.compress(body, lzma.FORMAT_ALONE, preset=1),
 }.items():
-    case(f"zeros by {name}", f"promises {BOMB_BYTES:,} bytes where", "joblib")(bomb(pack))
-    case(
-        f"zeros by {name}, a megabyte at a time", "becomes more than the|takes more memory|promises 1,048,576", "joblib"
-    )(bomb_of_many(pack))
+    case(f"zeros by {name}", "becomes more than the 33,554,432 bytes that it may take here", "joblib")(bomb(pack))
+    case(f"zeros by {name}, a megabyte at a time", "becomes more than the|takes more memory", "joblib")(
+        bomb_of_many(pack)
+    )
 
 
-@case("a gigabyte of zeros by zlib", "promises 1,073,741,824 bytes where|becomes more than the", "joblib")
+@case("a gigabyte of zeros by zlib", "becomes more than the", "joblib")
 def _(canary: Canary) -> bytes:
     """Each flush leaves blocks that stand for themselves: the same ones again and again."""
     packer = zlib.compressobj(9)
@@ -1218,6 +1218,13 @@ def _() -> Any:
 def _() -> Any:
     model = KNeighborsClassifier(algorithm="brute", metric="cityblock").fit(POINTS, CLASSES)
     model._y[0] = 10**9
+    return model
+
+
+@spoilt("neighbours of whom the nearest none are asked for", "a KNeighborsClassifier looks for no neighbours")
+def _() -> Any:
+    model = KNeighborsClassifier(3).fit(POINTS, CLASSES)
+    model.n_neighbors = 0
     return model
 
 

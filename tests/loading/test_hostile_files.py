@@ -134,8 +134,21 @@ def test_what_is_not_trusted_is_named_with_the_setting_that_would_allow_it(reade
 
     assert answer["kind"] == "UntrustedType"
     assert answer["refused"] == (
-        "a file: uses os.system, builtins.eval, my_package.Clip, which are not trusted: "
-        "if you trust whoever wrote this file, add them to ML_TRUSTED_TYPES"
+        "a file: uses os.system, builtins.eval, my_package.Clip, which are not trusted: os.system is no part of a model but "
+        "of Python itself, so find out who wrote this file before you add them to ML_TRUSTED_TYPES"
+    )
+
+
+def test_a_name_of_a_package_can_be_trusted_by_who_trusts_its_writer(reader, tmp_path):
+    path = tmp_path / "model"
+    path.write_bytes(b"\x80\x04\x8c\x0amy_package\x8c\x04Clip\x93)\x81.")
+
+    answer = reader.read(path, "pickle")
+
+    assert answer["kind"] == "UntrustedType"
+    assert answer["refused"] == (
+        "a file: uses my_package.Clip, which is not trusted: "
+        "if you trust whoever wrote this file, add it to ML_TRUSTED_TYPES"
     )
 
 

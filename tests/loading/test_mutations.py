@@ -22,7 +22,7 @@ from tests.loading.mutations import ALLOWED_BYTES, MB, File, files, mutation
 from tests.service import ROOT, clean_environment
 from tests.zoo import fitted
 
-COUNT = int(os.environ.get("DISKLESS_MUTATIONS", "1500"))
+COUNT = int(os.environ.get("DISKLESS_MUTATIONS", "600"))
 PROCESSES = 2  # one after the other: whatever a process has read, the next one has not
 LATE_BYTES = 48 * MB  # what is taken until the next look
 TRUNCATED_EVERY_BYTES = 100
