@@ -204,7 +204,7 @@ async def test_nothing_is_dropped_for_what_would_not_fit_even_then(manager):
 async def test_a_bare_model_is_never_dropped_because_its_old_file_is_gone(manager, storage):
     async with manager.storage:
         await storage.put("models/a.joblib", large(1).parts[0].body)
-    async with serving(manager, memory_limit_bytes=room_for_one() + 96 * MB, swap_policy="replace") as served:
+    async with serving(manager, memory_limit_bytes=room_for_one() + 32 * MB, swap_policy="replace") as served:
         await served.refresher.look_now()
         await storage.put("models/a.joblib", large(2).parts[0].body)
         outcome = await served.refresher.look_now()
