@@ -200,7 +200,7 @@ def _publish(options: argparse.Namespace, settings: Settings) -> int:
         "sealed_by": signer,
     }
     seal = f", sealed with key {signer}" if signer else ""
-    state = "in production" if live else "not in production: --promote puts a version there"
+    state = "in production" if live else f"not in production: `promote {ref.name} {ref.version}` would put it there"
     methods = ", ".join(draft.signature.methods)
     _tell(options, document, f"published {ref}: {size:,} bytes, {rows} golden rows, methods {methods}{seal}; {state}")
     if not rows:
@@ -220,7 +220,7 @@ def _verify(options: argparse.Namespace, settings: Settings) -> int:
             if options.json:
                 continue
             if verdict.problem is not None:
-                print(_printable(f"FAILED {verdict.ref}: {verdict.problem}"))
+                print(_printable(f"{'unread' if verdict.unread else 'FAILED'} {verdict.ref}: {verdict.problem}"))
             elif verdict.golden_rows:
                 print(f"ok     {verdict.ref}: loads, {verdict.golden_rows} golden rows come out")
             else:
@@ -232,7 +232,12 @@ def _verify(options: argparse.Namespace, settings: Settings) -> int:
         _tell(options, {"versions": [{"ok": verdict.problem is None, **asdict(verdict)} for verdict in found]})
     elif not found:
         print(f"no models in {where}")
-    return UNFIT if any(verdict.problem is not None for verdict in found) else DONE
+    if any(verdict.problem is not None and not verdict.unread for verdict in found):
+        return UNFIT
+    if unread := sum(verdict.unread for verdict in found):
+        print(f"whether {unread} of {len(found)} would serve is not known: the storage failed", file=sys.stderr)
+        return FAILED
+    return DONE
 
 
 def _doctor(options: argparse.Namespace, settings: Settings) -> int:
@@ -267,21 +272,27 @@ def _list(options: argparse.Namespace, settings: Settings) -> int:
         return await manager.catalogue(), _where(manager)
 
     catalogue, where = _in_bucket(options, settings, work)
-    published = catalogue.index.models
+    known = catalogue.index.models
     bare = {wanted.ref.name: wanted for wanted in catalogue.wanted.values() if wanted.bare}
-    names = list(dict.fromkeys(options.names or (*published, *bare)))
-    if unknown := [name for name in names if name not in published and name not in bare]:
-        there = ", ".join((*published, *bare)) or "nothing"
+    names = list(dict.fromkeys(options.names or (*known, *bare)))
+    if unknown := [name for name in names if name not in known and name not in bare]:
+        there = ", ".join(dict.fromkeys((*known, *bare))) or "nothing"
         raise UnknownVersion(f"there is no model {' or '.join(map(repr, unknown))} in {where}; there is {there}")
     models: list[dict[str, Any]] = []
     lines: list[str] = []
     for name in names:
-        if name in published:
-            models.append({"name": name, "published": True, **_as_document(published[name])})
-            lines += [name, *_as_lines(published[name], history=options.history or bool(options.names))]
-        else:
-            models.append({"name": name, "published": False, "versions": [{"version": bare[name].ref.version}]})
-            lines += [name, f"  {bare[name].ref.version}  bare: a file without a manifest"]
+        document: dict[str, Any] = {"name": name, "published": True}
+        lines.append(name)
+        if name in known:
+            document |= _as_document(known[name])
+        if name in bare and name not in catalogue.index.published:
+            document |= {"published": False, "versions": [{"version": bare[name].ref.version}]}
+            lines.append(f"  {bare[name].ref.version}  bare: a file without a manifest")
+        elif not known[name].versions:
+            lines.append("  no version is left")
+        if name in known:
+            lines += _as_lines(known[name], history=options.history or bool(options.names))
+        models.append(document)
     return _tell(options, {"models": models}, *lines or [f"no models in {where}"])
 
 
@@ -308,8 +319,6 @@ def _as_lines(entry: ModelEntry, *, history: bool) -> Iterator[str]:
             moves = entry.history.get(alias)
             aliases.append(f"{alias} ({moves[-1].by or 'unknown'}, {_time(moves[-1].at)})" if moves else alias)
         yield f"  {version:<{width}}  {_time(stored.created)}  {', '.join(aliases)}".rstrip()
-    if not entry.versions:
-        yield "  no version is left"
     if not history:
         return
     for alias, moves in entry.history.items():

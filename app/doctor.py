@@ -752,18 +752,20 @@ async def _index(patient: _Patient) -> AsyncIterator[Finding]:
         yield _failed(check, str(error), remedy)
         return
     patient.catalogue = catalogue
-    models = catalogue.index.models
+    models = catalogue.index.published
     bare = [wanted.ref.name for wanted in catalogue.wanted.values() if wanted.bare]
     beside = f", and {_count(len(bare), 'bare model')}: {_some(bare)}" if bare else ""
     if models:
         versions = _count(sum(len(entry.versions) for entry in models.values()), "version")
         yield _ok(check, f"{_count(len(models), 'published model')}, {versions}: {_some(models)}{beside}")
     elif bare:
-        yield _ok(check, f"there is none: nothing was published{beside}")
+        nothing = "no version is left in it" if catalogue.index.models else "there is none: nothing was published"
+        yield _ok(check, f"{nothing}{beside}")
     else:
+        nothing = "no version is left in it" if catalogue.index.models else "there is none"
         yield _warning(
             check,
-            f"there is none, and no bare model: nothing would be served from {_prefix(settings)}",
+            f"{nothing}, and no bare model: nothing would be served from {_prefix(settings)}",
             "publish a model (`python -m app publish NAME --model FILE`), or set ML_PREFIX to where the models are",
         )
     ignored = {name: why for name, why in catalogue.ignored.items() if name not in models}
@@ -773,7 +775,7 @@ async def _index(patient: _Patient) -> AsyncIterator[Finding]:
 
 
 async def _aliases(patient: _Patient) -> AsyncIterator[Finding]:
-    check, aliases, models = "ML_ALIASES", patient.settings.aliases, patient.catalogue.index.models
+    check, aliases, models = "ML_ALIASES", patient.settings.aliases, patient.catalogue.index.published
     for alias in aliases:
         targets = [f"{name}/{entry.aliases[alias]}" for name, entry in models.items() if alias in entry.aliases]
         if targets:
@@ -803,7 +805,7 @@ async def _companions(patient: _Patient) -> AsyncIterator[Finding]:
     bare = {wanted.ref.name for wanted in catalogue.wanted.values() if wanted.bare}
     for name, roles in patient.settings.companions.items():
         remedy = f"correct ML_COMPANIONS, or remove {name} from it"
-        if name in catalogue.index.models:
+        if name in catalogue.index.published:
             yield _warning(check, f"{name} is published, and a published version brings its own companions", remedy)
         elif name not in bare:
             yield _warning(check, f"there is no bare model {name}, of which {_some(roles)} would be demanded", remedy)
@@ -844,6 +846,8 @@ async def _seals(patient: _Patient) -> AsyncIterator[Finding]:
     if not settings.trusted_keys:
         yield Finding(check, State.SKIPPED, "ML_TRUSTED_KEYS is not set: seals are not looked at")
         return
+    fetched = {bundle.ref for bundle in patient.bundles}
+    unknown = [str(ref) for ref in patient.catalogue.wanted if ref not in fetched]
     unsealed = [str(bundle.ref) for bundle in patient.bundles if bundle.sealed_by is None]
     by = f"trusted are {_some(list(settings.trusted_keys))}"
     if unsealed:  # with ML_REQUIRE_SEAL they could not even be fetched: their check says so
@@ -851,6 +855,11 @@ async def _seals(patient: _Patient) -> AsyncIterator[Finding]:
         yield _warning(check, f"served without a seal of a trusted key: {_some(unsealed)}; {by}", remedy)
     elif settings.require_seal:
         yield _ok(check, f"only what is sealed is loaded; {by}")
+    elif not patient.catalogue.wanted:
+        yield Finding(check, State.SKIPPED, f"nothing is served, so there is no seal to look at; {by}")
+    elif unknown:
+        remedy = "mend what the check of each says, and look again"
+        yield _warning(check, f"not known, as it could not be fetched: {_some(unknown)}; {by}", remedy)
     else:
         yield _ok(check, f"all that is served is sealed, though ML_REQUIRE_SEAL=true does not demand it yet; {by}")
 
@@ -865,7 +874,9 @@ async def _models(patient: _Patient) -> AsyncIterator[Finding]:
             yield _ok(check, f"loads, {rows} golden rows come out" if rows else "loads, no golden rows to check")
             continue
         problem = verdict.problem.removeprefix(verdict.ref).lstrip(": ")
-        if verdict.ref in served:
+        if verdict.unread and verdict.ref not in served:
+            yield _warning(check, f"{problem} (nothing serves it now)", _REMEDIES.get(verdict.kind or "", _OTHERWISE))
+        elif verdict.ref in served:
             yield _unfit(check, verdict.kind, problem)
         else:
             remedy = f"do not promote it; `python -m app unpublish {verdict.ref.replace('/', ' ')}` removes it"

@@ -20,7 +20,8 @@ DisklessError
 │   ├── VersionMismatch        trained with another scikit-learn or numpy than is here
 │   ├── NoRoom                 loading it would take more memory than there is
 │   ├── LoadFailed             the bytes are not an object of the format they claim
-│   │   └── UntrustedType      the file mentions a class or function that is not trusted
+│   │   ├── UntrustedType      the file mentions a class or function that is not trusted
+│   │   └── TooLarge           it becomes larger than it may
 │   ├── CompanionFailed        a scaler, encoder or preprocessor is missing, broken or does not fit
 │   ├── UnusableModel          loaded, but not something that predicts
 │   └── GoldenMismatch         the golden rows did not come out
@@ -149,6 +150,10 @@ class LoadFailed(BundleError):
 
 class UntrustedType(LoadFailed):
     """The file mentions a class or function that is not trusted."""
+
+
+class TooLarge(LoadFailed):
+    """The object becomes larger than it may, by what is free or by what a file of its size can rightly become."""
 
 
 class CompanionFailed(BundleError):

@@ -6,7 +6,7 @@ Fields that this release does not know are kept: an older release that adds a ve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +16,9 @@ from app.names import NAME
 
 FORMAT = 1
 HISTORY_LENGTH = 50  # moves kept per alias
+MAX_INDEX_BYTES = 8 << 20  # some 50,000 versions
+MAX_LISTED = 50  # names or labels in a sentence
+MAX_COUNTED_DIGITS = 18  # a longer number is a label like any other: nothing is counted on from it
 
 
 class VersionEntry(BaseModel):
@@ -92,7 +95,7 @@ class ModelEntry(BaseModel):
 
 
 class _Numbered(BaseModel):
-    """What the index of any release has: the number of its format."""
+    """What the index of any release has, whatever else has changed: the number of its format."""
 
     format: int
 
@@ -106,30 +109,38 @@ class Index(BaseModel):
     models: dict[str, ModelEntry] = Field(default_factory=dict)
     etag: str | None = Field(default=None, exclude=True)
 
+    @property
+    def published(self) -> Mapping[str, ModelEntry]:
+        """The names that have a version. Of the others, all were unpublished: what is left of them is the history."""
+        return {name: entry for name, entry in self.models.items() if entry.versions}
+
     def encode(self) -> bytes:
         """Return the index's bytes as they are stored."""
         return self.model_dump_json(indent=1, exclude_none=True).encode()
 
     @classmethod
     def decode(cls, body: bytes, etag: str | None = None) -> Index:
-        """Read an index. Raises `InvalidIndex` when it is none, is too new, or an alias names a version it lacks."""
+        """Read an index.
+
+        Raises `InvalidIndex` when it is none, is too large or too new, or an alias names a version it lacks.
+        """
+        if len(body) > MAX_INDEX_BYTES:
+            raise InvalidIndex(f"index.json is not an index: it has more than {MAX_INDEX_BYTES:,} bytes")
         try:
-            found = _Numbered.model_validate_json(body).format
-            if not 1 <= found <= FORMAT:
-                raise InvalidIndex(
-                    f"index.json has format {found}, this release reads up to {FORMAT}: upgrade Diskless"
-                )
             index = cls.model_validate_json(body)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise InvalidIndex(f"index.json is not an index: {where}: {first['msg']}") from error
+            _check_format(body)  # one of a later release may well look otherwise
+            raise _no_index(error) from error
+        if "format" not in index.model_fields_set or not 1 <= index.format <= FORMAT:
+            _check_format(body)
         if "models" not in index.model_fields_set:  # or else somebody's `{}` would take every model out of service
             raise InvalidIndex("index.json is not an index: models: Field required")
         for name, entry in index.models.items():
-            for word in (name, *entry.versions, *entry.aliases):
+            for word in (name, *_words(entry)):
                 if not NAME.match(word):
-                    raise InvalidIndex(f"index.json: {word!r} cannot be the name of a model, a version or an alias")
+                    raise InvalidIndex(
+                        f"index.json: {word!r:.100} cannot be the name of a model, a version or an alias"
+                    )
             for alias, version in entry.aliases.items():
                 if version not in entry.versions:
                     raise InvalidIndex(
@@ -138,10 +149,17 @@ class Index(BaseModel):
         return index.model_copy(update={"etag": etag})
 
     def next_version(self, name: str) -> str:
-        """Return the next integer label for `name`: one more than the highest that it ever had, `1` at first."""
+        """Return the next integer label for `name`: one more than the highest that it ever had, `1` at first.
+
+        Of labels that are numbers, those of more than `MAX_COUNTED_DIGITS` digits do not count.
+        """
         entry = self.models.get(name, ModelEntry())
-        numbers = [int(label) for label in (*entry.versions, *entry.unpublished) if label.isdecimal()]
-        return str(max(numbers, default=0) + 1)
+        labels = {*entry.versions, *entry.unpublished}
+        numbers = [int(label) for label in labels if label.isdecimal() and len(label) <= MAX_COUNTED_DIGITS]
+        number = max(numbers, default=0) + 1
+        while str(number) in labels:
+            number += 1
+        return str(number)
 
     def entry(self, name: str, version: str | None = None) -> ModelEntry:
         """Return the entry of `name`, which has `version`. Raises `UnknownVersion`, naming what there is."""
@@ -232,9 +250,40 @@ class Index(BaseModel):
         return self.model_copy(update={"models": {**self.models, name: entry}})
 
 
+def _check_format(body: bytes) -> None:
+    """Raise `InvalidIndex` when the number of the format is none that this release reads; otherwise nothing is said."""
+    try:
+        found = _Numbered.model_validate_json(body).format
+    except ValidationError as error:
+        raise _no_index(error) from error
+    if not 1 <= found <= FORMAT:
+        raise InvalidIndex(f"index.json has format {found}, this release reads up to {FORMAT}: upgrade Diskless")
+
+
+def _no_index(error: ValidationError) -> InvalidIndex:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the whole"
+    return InvalidIndex(f"index.json is not an index: {where:.200}: {first['msg']:.200}")
+
+
+def _words(entry: ModelEntry) -> Iterator[str]:
+    """Yield every label and alias that is somewhere in an entry."""
+    yield from entry.versions
+    yield from entry.aliases
+    yield from entry.unpublished
+    for alias, moves in entry.history.items():
+        yield alias
+        for move in moves:
+            yield move.version
+            if move.previous is not None:
+                yield move.previous
+
+
 def _there(labels: Iterable[str]) -> str:
-    return f"there is {', '.join(labels) or 'nothing'}"
+    listed = list(labels)
+    more = f" and {len(listed) - MAX_LISTED:,} more" if len(listed) > MAX_LISTED else ""
+    return f"there is {', '.join(listed[:MAX_LISTED]) or 'nothing'}{more}"
 
 
 def _signed(at: str, by: str) -> str:
-    return f"by {by or 'unknown'} at {at}"
+    return f"by {by or 'unknown':.100} at {at:.40}"

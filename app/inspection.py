@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from app.errors import UnusableExamples, UnusableModel
-from app.signature import Array, Datatype, Layout, Signature, TensorSpec
+from app.signature import Array, Datatype, Layout, Signature, TensorSpec, is_dtype
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "transform", "score_samples")
 BY_CLASS = ("predict_proba", "predict_log_proba", "decision_function")
 TARGET_ENCODERS = ("LabelEncoder", "LabelBinarizer", "MultiLabelBinarizer")
+
+MAX_COLUMNS = 100_000  # each is described in the signature, and in a small file a number says how many there are
 
 # Where an estimator that hands its input on as it comes keeps the fitted ones that it hands it to.
 DELEGATES = {
@@ -267,7 +269,9 @@ def _inputs(
     )
     if names is None:
         width = _array_width(examples) if width is None else width
+        _check_width(width)
         names = columns or [f"x{position}" for position in range(width or 0)]
+    _check_width(len(names))
     used, known, unknown = _column_kinds(chain, names)
     refusing, _ = _refusing(chain, set(range(len(names))))
     ignored = tuple(name for name in names if name not in used) if layout == "frame" else ()
@@ -283,6 +287,14 @@ def _inputs(
         nullable = position not in refusing or (column is not None and _count_missing(column) > 0)
         specs.append(spec.model_copy(update={"nullable": nullable}))
     return tuple(specs), ignored, layout
+
+
+def _check_width(width: int | None) -> None:
+    if width is not None and width > MAX_COLUMNS:
+        raise UnusableModel(
+            f"it takes {width:,} columns, and at most {MAX_COLUMNS:,} can be served: if they are made of fewer, or of "
+            "texts, put what makes them into one pipeline with the model"
+        )
 
 
 def _spec(name: str, column: Any, known: TensorSpec | None) -> TensorSpec:
@@ -524,6 +536,11 @@ def _as_floats(spec: TensorSpec) -> TensorSpec:
 def _frame_spec(name: str, series: pd.Series[Any]) -> TensorSpec:
     dtype = series.dtype
     text = str(dtype)
+    if not is_dtype(text):
+        raise UnusableExamples(
+            f"column {name!r} has dtype {text[:100]}, which no request can bring: convert it to one of numpy's, to strings, "
+            "or to times in UTC or a zone with a name"
+        )
     if text == "category":
         categories = np.asarray(series.cat.categories)
         spec = _spec_of_values(name, categories)
@@ -599,7 +616,10 @@ def _classes(model: Any, target: Any) -> list[Any] | None:
         classes = _decoded(target, classes)
     if classes is None:
         return None
-    return [plain(item) for item in classes] if isinstance(classes, list) else plain(np.asarray(classes))
+    try:
+        return [plain(item) for item in classes] if isinstance(classes, list) else plain(np.asarray(classes))
+    except UnusableExamples as error:
+        raise UnusableModel(f"its classes_ cannot be told to anybody: {error}") from error
 
 
 def _decoded(target: Any, classes: Any) -> Any:
@@ -625,9 +645,24 @@ def _plain_column(name: str, values: Any) -> list[Any]:
         raise UnusableExamples(f"column {name!r}: {error}") from error
 
 
+def _check_writable(value: str | int | None) -> None:
+    """Raise `UnusableExamples` for text that is no Unicode, and for whole numbers that JSON is not read back with."""
+    if isinstance(value, str):
+        try:
+            if not value.isascii():
+                value.encode()
+        except UnicodeEncodeError as error:
+            raise UnusableExamples(
+                f"the text {value!r:.100} has half a surrogate pair, which UTF-8 cannot carry"
+            ) from error
+    elif value is not None and not -(1 << 63) <= value < 1 << 64:
+        raise UnusableExamples("a whole number beyond 64 bits cannot be written as JSON")
+
+
 def plain_value(value: Any) -> Any:
     """Return one value as JSON can carry it: numpy and pandas scalars unwrapped, what is missing or infinite as None."""
     if value is None or isinstance(value, (str, bool, int)):
+        _check_writable(value)
         return str(value) if type(value) not in (str, bool, int) and isinstance(value, str) else value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None

@@ -40,7 +40,6 @@ def create_app(settings: Settings | None = None) -> Front:
         registry,
         make_runner,
         refresh_seconds=settings.refresh_seconds,
-        memory_limit_bytes=settings.memory_limit_bytes,
         swap_policy=settings.swap_policy,
     )
 

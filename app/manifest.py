@@ -6,7 +6,7 @@ The format is described in docs/bundle-format.md; `FORMAT` is its number. Old fo
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,11 @@ from app.signature import Signature
 
 FORMAT = 1
 CHUNK_BYTES = 4 * 1024 * 1024
+MIN_CHUNK_BYTES = 64 * 1024
+MAX_MANIFEST_BYTES = 8 << 20  # golden rows of 512 KiB, a hundred thousand columns, the digests of 400 GB
+
+_Word = Annotated[str, Field(max_length=100)]  # what comes back in messages
+_Digest = Annotated[str, Field(max_length=64)]
 
 
 class Artifact(BaseModel):
@@ -24,13 +29,14 @@ class Artifact(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    role: str
-    path: str
-    format: str
+    role: _Word
+    path: str = Field(max_length=500)
+    format: _Word
     size: int = Field(ge=0, description="bytes")
-    sha256: str
-    chunk_bytes: int = Field(default=CHUNK_BYTES, gt=0)
-    chunks: tuple[str, ...] = Field(default=(), description="SHA-256 of every run of `chunk_bytes` bytes")
+    sha256: _Digest
+    # Chunks are held in memory several at a time: whoever wrote the manifest must not decide how much that is.
+    chunk_bytes: int = Field(default=CHUNK_BYTES, ge=MIN_CHUNK_BYTES, le=CHUNK_BYTES)
+    chunks: tuple[_Digest, ...] = Field(default=(), description="SHA-256 of every run of `chunk_bytes` bytes")
 
     @classmethod
     def of(cls, body: bytes, *, role: str, path: str, format: str) -> Artifact:
@@ -58,13 +64,13 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     format: int
-    name: str
-    version: str
+    name: _Word
+    version: _Word
     created: str = Field(description="ISO 8601, UTC")
     artifacts: tuple[Artifact, ...]
     signature: Signature
     golden: Golden | None = None
-    trained_with: dict[str, str] = Field(default_factory=dict, description="versions of Python and the libraries")
+    trained_with: dict[_Word, _Word] = Field(default_factory=dict, description="versions of Python and the libraries")
     resident_bytes: int | None = Field(default=None, ge=0, description="what loading takes, afterwards")
     peak_bytes: int | None = Field(default=None, ge=0, description="what loading takes, at its worst moment")
 
@@ -87,12 +93,18 @@ class Manifest(BaseModel):
     @classmethod
     def decode(cls, body: bytes, ref: ModelRef) -> Manifest:
         """Read the manifest of `ref`. Raises `InvalidManifest` when it is not one, or is another version's."""
+        if len(body) > MAX_MANIFEST_BYTES:
+            raise InvalidManifest(
+                f"{ref}: manifest.json is not a manifest: it has more than {MAX_MANIFEST_BYTES:,} bytes"
+            )
         try:
             manifest = cls.model_validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the whole"
-            raise InvalidManifest(f"{ref}: manifest.json is not a manifest: {where}: {first['msg']}") from error
+            raise InvalidManifest(
+                f"{ref}: manifest.json is not a manifest: {where:.200}: {first['msg']:.300}"
+            ) from error
         if manifest.format > FORMAT:
             raise InvalidManifest(
                 f"{ref}: manifest.json has format {manifest.format}, this release reads up to {FORMAT}: upgrade Diskless"
@@ -101,7 +113,7 @@ class Manifest(BaseModel):
             raise InvalidManifest(f"{ref}: manifest.json there belongs to {manifest.ref}")
         roles = [artifact.role for artifact in manifest.artifacts]
         if roles.count("model") != 1 or len(set(roles)) != len(roles):
-            raise InvalidManifest(f"{ref}: manifest.json must list one model and each role once, lists {roles}")
+            raise InvalidManifest(f"{ref}: manifest.json must list one model and each role once, lists {roles!s:.200}")
         for artifact in manifest.artifacts:
             _check_artifact(artifact, ref)
         return manifest
@@ -110,7 +122,7 @@ class Manifest(BaseModel):
 def _check_artifact(artifact: Artifact, ref: ModelRef) -> None:
     parts = artifact.path.split("/")
     if not all(NAME.match(part) for part in parts):
-        raise InvalidManifest(f"{ref}: artifact path {artifact.path!r} leaves its version's folder or is no path")
+        raise InvalidManifest(f"{ref}: artifact path {artifact.path!r:.100} leaves its version's folder or is no path")
     expected = -(-artifact.size // artifact.chunk_bytes)
     if artifact.chunks and len(artifact.chunks) != expected:
         raise InvalidManifest(

@@ -307,6 +307,7 @@ class Estimate:
     kind: str
     expected: Taken
     libraries: bool
+    corrected: bool = False
 
 
 class Estimator:
@@ -318,7 +319,9 @@ class Estimator:
     def estimate(self, parts: Sequence[Stored], recorded: Taken | None = None) -> Estimate:
         """Return what loading the parts of a version will take; `recorded` is what its publisher measured."""
         if recorded is not None:
-            kind, expected = "recorded", recorded
+            # Whoever can write a manifest can write anything into it, but bytes that are read are not less than they are.
+            stored = sum(part.size for part in parts)
+            kind, expected = "recorded", recorded._replace(peak_bytes=max(recorded.peak_bytes, stored))
         else:
             kind = kind_of(max(parts, key=lambda part: part.size)) if parts else "joblib"
             staying, worst = 0, 0
@@ -332,16 +335,21 @@ class Estimator:
         extra = LIBRARIES_BYTES if libraries else 0
         after = int(expected.resident_bytes * resident) + extra
         highest = max(int(expected.peak_bytes * peak) + extra, after) + OVERHEAD_BYTES
-        return Estimate(after, highest, kind, expected, libraries)
+        corrected = (resident, peak) != (1.0, 1.0)
+        return Estimate(after, highest, kind, expected, libraries, corrected)
 
     def learn(self, estimate: Estimate, taken: Taken) -> None:
         """Take note of what a load really took. One that imported the libraries too, or was small, teaches nothing."""
-        if not estimate.libraries and max(estimate.expected.peak_bytes, taken.peak_bytes) >= MIN_LEARNT_BYTES:
+        if not estimate.libraries and estimate.expected.peak_bytes >= MIN_LEARNT_BYTES:
             ratios = (
                 taken.resident_bytes / max(1, estimate.expected.resident_bytes),
                 taken.peak_bytes / max(1, estimate.expected.peak_bytes),
             )
             self._ratios.setdefault(estimate.kind, deque(maxlen=REMEMBERED_LOADS)).append(ratios)
+
+    def forget(self, kind: str) -> None:
+        """Expect of a kind what is known of it in general again: what was taken here may have been something else's."""
+        self._ratios.pop(kind, None)
 
     def correction(self, kind: str) -> tuple[float, float]:
         """Return what resident and peak size of a kind are multiplied by: the worst of recent loads, 1 to `MAX_CORRECTION`."""

@@ -28,6 +28,7 @@ from app.errors import (
     PredictionFailed,
     RequestError,
     RequestTooLarge,
+    TooLarge,
     UnusableModel,
     Violation,
 )
@@ -50,12 +51,16 @@ _OTHER_FAULT = re.compile(
 )
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)  # trees compute in float32
 
+MAX_NAMES = 100_000  # that a transformer is asked to make up, when the model is put together
 MAX_DENSE_VALUES = 5_000_000  # of a sparse answer, which JSON can only write out in full
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a part of a model came from; `sha256` is of the bytes that were really read."""
+    """Where a part of a model came from.
+
+    `sha256` was found in the bytes that were read, or, where each of their chunks was checked, is what the manifest says.
+    """
 
     role: str
     key: str
@@ -116,7 +121,7 @@ class Model:
         storage raises.
         """
         memory.map_chunks_apart(CHUNK_BYTES)
-        memory.reset_peak()
+        counted_anew = memory.reset_peak()
         started, resident = time.perf_counter(), memory.resident_bytes()
         parts = [_read(bundle, part) for part in bundle.parts]
         values = [loaded.value for loaded, _ in parts]
@@ -130,7 +135,7 @@ class Model:
         signature = manifest.signature if manifest else inspection.infer(companions, estimator)
         if manifest is None and holds_own_code(values):  # no golden rows have shown that it may be batched
             signature = signature.model_copy(update={"rowwise": False})
-        peak = memory.peak_bytes() - resident
+        peak = memory.peak_bytes() - resident if counted_anew else 0
         memory.trim_heap()
         gained = max(0, memory.resident_bytes() - resident)
         report = LoadReport(
@@ -212,6 +217,7 @@ def _read(bundle: Bundle, part: Part) -> tuple[loaders.Loaded, Source]:
     label = f"{bundle.ref} {part.info.key.rpartition('/')[2]}"
     trained_with = bundle.manifest.trained_with if bundle.manifest else {}
     trust = bundle.trust
+    most = trust.bytes_for(part.info.size)
     with bundle.open(part) as stream:
         try:
             loaded = loaders.load(
@@ -219,13 +225,15 @@ def _read(bundle: Bundle, part: Part) -> tuple[loaders.Loaded, Source]:
                 memory.Watched(stream, label, limit_bytes=trust.memory_limit_bytes),
                 label,
                 trusted=trust.types,
-                max_bytes=trust.bytes_for(part.info.size),
+                max_bytes=most,
                 trained_with=trained_with,
             )
             sha256 = stream.finish()
         except NoRoom:
             raise
         except BundleError as error:
+            if isinstance(error, TooLarge) and most < trust.most_for(part.info.size):
+                raise NoRoom(str(error)) from error  # it is the memory that is too small, not the file too large
             if part.role == "model":
                 raise
             if isinstance(error, LoadFailed) and part.artifact is None:
@@ -345,10 +353,62 @@ def _check_chain(stages: Sequence[Any]) -> None:
 
 
 def _width_given(transformer: Any) -> int | None:
+    """Return how many columns come out, by what most transformers have as a number; none is made to count them."""
+    from sklearn.base import ClassNamePrefixFeaturesOutMixin, OneToOneFeatureMixin
+
+    told_by: dict[Any, str] = {
+        OneToOneFeatureMixin.get_feature_names_out: "n_features_in_",
+        ClassNamePrefixFeaturesOutMixin.get_feature_names_out: "_n_features_out",
+    }
     try:
-        return len(transformer.get_feature_names_out())
+        attribute = told_by.get(type(transformer).get_feature_names_out, _WIDTHS.get(type(transformer).__name__))
+        if attribute is not None:
+            return int(getattr(transformer, attribute))
+        return len(transformer.get_feature_names_out()) if _count_names(transformer) <= MAX_NAMES else None
     except Exception:  # many transformers cannot say; then only trying tells
         return None
+
+
+_WIDTHS = {"PolynomialFeatures": "n_output_features_", "SplineTransformer": "n_features_out_"}
+
+
+def _count_names(transformer: Any) -> int:
+    """Return about how many names would be written, or one more than `MAX_NAMES`.
+
+    A number in a file of a few hundred bytes says how many a transformer gives, and many may be the same one.
+    """
+    kind = type(transformer).__name__
+    if kind in (
+        "AdditiveChi2Sampler",
+        "SplineTransformer",
+        "StackingClassifier",
+        "StackingRegressor",
+        "VotingClassifier",
+    ):
+        return MAX_NAMES + 1  # the product of two numbers
+    names = getattr(transformer, "feature_names_in_", None)
+    count = 1 if names is not None else _number(transformer, "n_features_in_")
+    count += _number(transformer, "_n_features_out")
+    if kind == "PolynomialFeatures":
+        width, degree = _number(transformer, "n_features_in_"), _number(transformer, "_max_degree")
+        count += math.comb(width + degree, degree) if max(width, degree) <= _MAX_BINOMIAL else MAX_NAMES
+    steps = getattr(transformer, _STEPS[kind]) if kind in _STEPS else ()
+    for step in steps:
+        if count > MAX_NAMES:
+            return MAX_NAMES + 1
+        count += _count_names(step[1])
+    return count
+
+
+_STEPS = {"ColumnTransformer": "transformers_", "FeatureUnion": "transformer_list", "Pipeline": "steps"}
+_MAX_BINOMIAL = 1000
+
+
+def _number(transformer: Any, attribute: str) -> int:
+    try:
+        return max(0, int(getattr(transformer, attribute, 0)))
+    except Exception:  # a property may ask for what is not there
+        return 0
 
 
 def _decoded(labels: Any) -> Any:
@@ -371,7 +431,8 @@ def _order(stage: Any, following: Any) -> list[int] | None:
     if wanted is None or given is None or given == list(wanted):
         return None
     if set(given) == set(wanted):
-        return [given.index(name) for name in wanted]
+        places = {name: place for place, name in reversed(list(enumerate(given)))}
+        return [places[name] for name in wanted]
     if shared := set(given) & set(wanted):
         strange = next(name for name in [*wanted, *given] if name not in shared)
         raise CompanionFailed(
@@ -385,6 +446,8 @@ def _names_given(transformer: Any) -> list[str] | None:
     if getattr(transformer, "feature_names_in_", None) is None:
         return None  # then it invents names, which mean nothing
     try:
+        if _count_names(transformer) > MAX_NAMES:
+            return None
         return [str(name) for name in transformer.get_feature_names_out()]
     except Exception:  # many transformers cannot say
         return None

@@ -13,6 +13,7 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from app.errors import (
     CompanionFailed,
     DigestMismatch,
     GoldenMismatch,
+    InvalidIndex,
     InvalidManifest,
     InvalidName,
     InvalidRange,
@@ -34,15 +36,17 @@ from app.errors import (
     ObjectNotFound,
     PreconditionFailed,
     PublishConflict,
+    PublishError,
     RequestError,
     StorageError,
+    StorageUnavailable,
     UnusableKey,
     UnusableModel,
     VersionExists,
 )
-from app.index import Index, ModelEntry, Move, Removal, VersionEntry
+from app.index import MAX_INDEX_BYTES, Index, ModelEntry, Move, Removal, VersionEntry
 from app.loaders import LOADERS, reason
-from app.manifest import Artifact, Manifest
+from app.manifest import MAX_MANIFEST_BYTES, Artifact, Manifest
 from app.memory import HEAD_BYTES, MEASURED_FROM_BYTES
 from app.model import Model
 from app.names import COMPANION_ROLES, NAME, SUFFIXES, ModelRef, check_name
@@ -56,7 +60,9 @@ PRODUCTION = "production"
 SEAL = "manifest.seal"
 INDEX_ATTEMPTS = 30
 LABEL_ATTEMPTS = 100
-MAX_STRANGE = 50  # files that are no models, in the list of what was passed over
+MAX_OF_A_KIND = 50  # of what is passed over for one reason, so many are named
+MAX_BARE_MODELS = 10_000
+DECODED_ASIDE_BYTES = 256 * 1024  # from here on, parsing would hold up the requests that the event loop answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +144,23 @@ class Unpublished:
     repeated: bool
 
 
+class _PassedOver:
+    """What was passed over, and why. Anybody may fill a bucket: of each kind only the first `MAX_OF_A_KIND` are named."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, str] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, what: str, why: str, *, kind: str | None = None) -> None:
+        self._counts[kind or why] += 1
+        if self._counts[kind or why] <= MAX_OF_A_KIND:
+            self.told[what] = why
+
+
+async def _decoded[T](body: bytes, decode: Callable[[], T]) -> T:
+    return await asyncio.to_thread(decode) if len(body) >= DECODED_ASIDE_BYTES else decode()
+
+
 def load_checked(bundle: Bundle, *, before_check: Callable[[], None] | None = None) -> Checked:
     """Load a bundle and run its golden rows. It blocks: for a thread other than the event loop's.
 
@@ -211,44 +234,56 @@ class ModelStorageManager:
     # Looking
 
     async def read_index(self, known: Index | None = None) -> Index:
-        """Return the index, `known` itself if it has not changed. A bucket without one has an empty index."""
+        """Return the index, `known` itself if it has not changed. A bucket without one has an empty index.
+
+        Raises `InvalidIndex`, or what the storage raises.
+        """
+        span, etag = range(MAX_INDEX_BYTES + 1), known.etag if known else None
         try:
-            stored = await self.storage.get(self._index_key, if_none_match=known.etag if known else None)
+            stored = await self.storage.get(self._index_key, span=span, if_none_match=etag)
         except NotModified:
             assert known is not None
             return known
         except ObjectNotFound:
             return Index()
-        return Index.decode(stored.body, stored.info.etag)
+        except InvalidRange as error:
+            raise InvalidIndex("index.json is not an index: it is empty") from error
+        return await _decoded(stored.body, lambda: Index.decode(stored.body, stored.info.etag))
+
+    async def _read(self, key: str, most: int) -> bytes:
+        """Return an object's bytes, `most` and one more at most: whoever wants no more of them sees that there are."""
+        try:
+            return (await self.storage.get(key, span=range(most + 1))).body
+        except InvalidRange:  # an empty object
+            return b""
 
     async def catalogue(self, previous: Catalogue | None = None) -> Catalogue:
         """Look at the bucket: one conditional GET of the index, and one listing for bare models if they are served."""
         index = await self.read_index(previous.index if previous else None)
+        published = index.published
         wanted: dict[ModelRef, Wanted] = {}
-        ignored: dict[str, str] = {}
-        for name, entry in index.models.items():
-            if not entry.versions:
-                continue  # all were unpublished; what is left is the history
+        ignored = _PassedOver()
+        for name, entry in published.items():
             versions = {alias: entry.aliases[alias] for alias in self._aliases if alias in entry.aliases}
             for version in dict.fromkeys(versions.values()):
                 ref = ModelRef(name, version)
                 aliases = tuple(alias for alias, target in versions.items() if target == version)
                 wanted[ref] = Wanted(ref, aliases, manifest_sha256=entry.versions[version].manifest_sha256)
             if not versions:
-                ignored[name] = f"none of the served aliases ({', '.join(self._aliases)}) names a version of it"
+                ignored.add(name, f"none of the served aliases ({', '.join(self._aliases)}) names a version of it")
         companions: dict[str, frozenset[str]] = dict(previous.companions) if previous else {}
         seen = dict(previous.seen) if previous else {}
         if self._bare_models:
             for bare in await self._find_bare(previous, companions, ignored):
                 seen[bare.ref.name] = bare.ref.version
-                if (known := index.models.get(bare.ref.name)) is not None and known.versions:
-                    ignored[f"{bare.ref.name} (bare)"] = "a published model has this name"
+                if bare.ref.name in published:
+                    ignored.add(f"{bare.ref.name} (bare)", "a published model has this name")
                 else:
                     wanted[bare.ref] = bare
-        return Catalogue(wanted, index, ignored, companions, seen)
+        return Catalogue(wanted, index, ignored.told, companions, seen)
 
     async def _find_bare(
-        self, previous: Catalogue | None, companions: dict[str, frozenset[str]], ignored: dict[str, str]
+        self, previous: Catalogue | None, companions: dict[str, frozenset[str]], ignored: _PassedOver
     ) -> list[Wanted]:
         """List the bucket and return the bare models in it; add the companions seen, and what was passed over."""
         listing = await self.storage.list(self.prefix, recursive=False)
@@ -259,15 +294,19 @@ class ModelStorageManager:
         for name, role in beside:
             companions[name] = companions.get(name, frozenset()) | {role}
             if name not in models:
-                ignored[f"{name}_{role}"] = f"a companion without its model {name}"
+                ignored.add(f"{name}_{role}", f"a companion without its model {name}", kind="alone")
+        if len(models) > MAX_BARE_MODELS:
+            too_many = f"more than {MAX_BARE_MODELS:,} bare models: publish them, or remove what is none"
+            for name in [*models][MAX_BARE_MODELS:]:
+                del models[name]
+                ignored.add(name, too_many)
         bare = [self._bare(name, parts, beside, companions.get(name, frozenset())) for name, parts in models.items()]
         return [replace(model, confirmed=_is_confirmed(model, previous)) for model in bare]
 
     def _sorted(
-        self, listing: list[ObjectInfo], ignored: dict[str, str]
+        self, listing: list[ObjectInfo], ignored: _PassedOver
     ) -> tuple[dict[str, list[Part]], dict[tuple[str, str], list[Part]]]:
         """Sort a listing into models by name, and companions by the model's name and the role."""
-        strange = 0
         models: dict[str, list[Part]] = {}
         companions: dict[tuple[str, str], list[Part]] = {}
         for info in listing:
@@ -275,11 +314,11 @@ class ModelStorageManager:
             stem, dot, ending = file.rpartition(".")
             format = SUFFIXES.get(f"{dot}{ending}")
             if format is None:
-                if file not in ("", "index.json") and (strange := strange + 1) <= MAX_STRANGE:
-                    ignored[file] = f"its ending is not one of {', '.join(SUFFIXES)}"
+                if file not in ("", "index.json"):
+                    ignored.add(file, f"its ending is not one of {', '.join(SUFFIXES)}")
                 continue
             if not NAME.match(stem):
-                ignored[file] = "its name has characters that a model's name cannot have"
+                ignored.add(file, "its name has characters that a model's name cannot have")
                 continue
             name, _, role = stem.rpartition("_")
             if name and role in COMPANION_ROLES:
@@ -340,9 +379,9 @@ class ModelStorageManager:
         body, seal = await self._manifest_and_seal(ref)
         found = hashlib.sha256(body).hexdigest()
         if found != wanted.manifest_sha256:
-            raise DigestMismatch(f"{ref} manifest.json: sha256 is {found}, the index says {wanted.manifest_sha256}")
+            raise DigestMismatch(f"{ref} manifest.json: sha256 is {found}, the index says {wanted.manifest_sha256:.64}")
         sealed_by = self.trust.sealed_by(body, seal, str(ref)) if self.trust.looks_at_seals else None
-        manifest = Manifest.decode(body, ref)
+        manifest = await _decoded(body, lambda: Manifest.decode(body, ref))
         warnings = versions.check(manifest.trained_with, str(ref), policy=self.trust.version_policy)
         order = (*COMPANION_ROLES, "model")
         served = [artifact for artifact in manifest.artifacts if artifact.role in order]
@@ -361,11 +400,9 @@ class ModelStorageManager:
 
     async def _seal_bytes(self, ref: ModelRef) -> bytes | None:
         try:
-            return (await self.storage.get(self._key(ref, SEAL), span=range(MAX_SEAL_BYTES + 1))).body
+            return await self._read(self._key(ref, SEAL), MAX_SEAL_BYTES)
         except ObjectNotFound:
             return None
-        except InvalidRange:  # an empty object
-            return b""
 
     async def _with_head(self, ref: ModelRef, part: Part) -> Part:
         """Read the first bytes of a large part of which nobody has measured what loading it takes: they tell how it is packed."""
@@ -380,13 +417,21 @@ class ModelStorageManager:
 
     async def _manifest_bytes(self, ref: ModelRef) -> bytes:
         try:
-            return (await self.storage.get(self._key(ref, "manifest.json"))).body
+            body = await self._read(self._key(ref, "manifest.json"), MAX_MANIFEST_BYTES)
         except ObjectNotFound as error:
             raise ArtifactMissing(f"{ref}: manifest.json is not there, although the index lists the version") from error
+        if len(body) > MAX_MANIFEST_BYTES:  # or else the digest of its beginning would be told
+            raise InvalidManifest(f"{ref}: manifest.json has more than {MAX_MANIFEST_BYTES:,} bytes, so it is none")
+        return body
 
     async def _part(self, ref: ModelRef, artifact: Artifact) -> Part:
         if artifact.format not in LOADERS:
             raise InvalidManifest(f"{ref} {artifact.path}: format {artifact.format!r} is not one this release can read")
+        if self.trust.require_seal and artifact.size and not artifact.chunks:
+            raise InvalidManifest(
+                f"{ref} {artifact.path}: the manifest lists no chunks, so that its bytes would be read before their digest "
+                "is known, and this service wants what is sealed only: publish it again"
+            )
         try:
             info = await self.storage.head(self._key(ref, artifact.path))
         except ObjectNotFound as error:
@@ -454,6 +499,11 @@ class ModelStorageManager:
         for _ in range(LABEL_ATTEMPTS):
             ref = ModelRef(name, check_name("version", label))
             manifest = draft.manifest(ref, _now())
+            if (size := len(manifest.encode())) > MAX_MANIFEST_BYTES:
+                raise PublishError(
+                    f"{ref}: its manifest would have {size:,} bytes, and none is read of more than {MAX_MANIFEST_BYTES:,}: "
+                    "give fewer or smaller examples, or a model of fewer columns"
+                )
             try:
                 for part in reversed(draft.parts):  # the model first: its key is what two publishers meet at
                     await self._write_once(self._key(ref, part.path), part.body, resume=version is not None)
@@ -475,7 +525,7 @@ class ModelStorageManager:
             await self.storage.put(key, body, if_absent=True)
         except PreconditionFailed:
             # The same file from an interrupted publish of the same label may stand; anything else may not be touched.
-            if not resume or (await self.storage.get(key)).body != body:
+            if not resume or await self._read(key, len(body)) != body:
                 raise
 
     async def _write_seal(self, ref: ModelRef, seal: bytes, *, resume: bool) -> None:
@@ -501,7 +551,7 @@ class ModelStorageManager:
             known = (await self.read_index()).models.get(manifest.name)
             if not resume or (known and manifest.version in known.versions):
                 raise
-            body = (await self.storage.get(key)).body
+            body = await self._manifest_bytes(manifest.ref)
             stored = Manifest.decode(body, manifest.ref)
             # when it was made, and what loading it took, come out differently each time
             measured = {name: getattr(manifest, name) for name in ("created", "resident_bytes", "peak_bytes")}
@@ -509,6 +559,14 @@ class ModelStorageManager:
                 raise
             manifest = stored
         return VersionEntry(created=manifest.created, manifest_sha256=hashlib.sha256(body).hexdigest()), body
+
+    async def _find_change(self, is_done: Callable[[Index], bool]) -> Index | None:
+        """Return the index if the change is in it; None if it is not, or cannot be looked at."""
+        try:
+            index = await self.read_index()
+        except (StorageError, BundleError):
+            return None
+        return index if is_done(index) else None
 
     async def _change_index(
         self, change: Callable[[Index], Index], *, is_done: Callable[[Index], bool] | None = None
@@ -526,14 +584,24 @@ class ModelStorageManager:
             changed = change(index)
             if changed is index:
                 return index
-            try:
-                info = await self.storage.put(
-                    self._index_key, changed.encode(), if_match=index.etag, if_absent=index.etag is None
+            body = changed.encode()
+            if len(body) > MAX_INDEX_BYTES:
+                raise PublishError(
+                    f"index.json would have {len(body):,} bytes, and none is read of more than {MAX_INDEX_BYTES:,}: "
+                    "unpublish versions that nobody needs, or publish under another prefix (ML_PREFIX)"
                 )
+            try:
+                info = await self.storage.put(self._index_key, body, if_match=index.etag, if_absent=index.etag is None)
             except PreconditionFailed as error:
                 unsure = unsure or error.unsure
                 await asyncio.sleep(random.uniform(0, min(2.0, 0.05 * 2**attempt)))  # noqa: S311 - not a secret
                 continue
+            except StorageUnavailable as error:  # what got no answer may have been written
+                if is_done is not None and (found := await self._find_change(is_done)) is not None:
+                    return found
+                raise StorageUnavailable(
+                    f"{error}; whether the index was changed is not known: look at it before you repeat this"
+                ) from error
             return changed.model_copy(update={"etag": info.etag})
         raise PublishConflict(f"the index changed {INDEX_ATTEMPTS} times while it was to be changed: try again")
 
@@ -739,7 +807,11 @@ def _check_unmoved(name: str, alias: str, before: ModelEntry, now: ModelEntry) -
     if (before.aliases.get(alias), before.history.get(alias)) == (now.aliases.get(alias), now.history.get(alias)):
         return
     moves = now.history.get(alias, ())
-    who = f" by {moves[-1].by or 'unknown'} at {moves[-1].at}" if moves and moves != before.history.get(alias) else ""
+    who = (
+        f" by {moves[-1].by or 'unknown':.100} at {moves[-1].at:.40}"
+        if moves and moves != before.history.get(alias)
+        else ""
+    )
     raise PublishConflict(
         f"{name}: {alias} was moved meanwhile, from {before.aliases.get(alias) or 'nothing'} "
         f"to {now.aliases.get(alias) or 'nothing'}{who}: nothing was changed; look at it, and repeat what is still wanted"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -33,6 +34,7 @@ from app.worker import Worker, limit_native_threads
 logger = logging.getLogger("diskless.refresher")
 FIRST_PAUSE_SECONDS = 1.0
 MAX_FAILURE_PAUSE_SECONDS = 900.0
+RETIRE_SECONDS = 30.0  # for a retired runner to end what it computes
 UNCONFIRMED = (
     "its parts changed; waiting for one more look that finds them unchanged, in case more of them are being uploaded"
 )
@@ -58,6 +60,24 @@ class _Failure:
     for_want_of_room: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _InVain:
+    """Something was dropped for this content so often, and it failed for this reason. Not to be repeated before `until`."""
+
+    content: str
+    count: int
+    reason: str = ""
+    until: float = math.inf  # time.monotonic(), seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Least:
+    """This content could not be loaded in as much memory as this."""
+
+    content: str
+    free_bytes: int
+
+
 class Refresher:
     """Brings the registry up to date, at once when told to and every `refresh_seconds` (with jitter) otherwise.
 
@@ -72,7 +92,6 @@ class Refresher:
         *,
         refresh_seconds: float = 60.0,
         confirm_seconds: float = 10.0,
-        memory_limit_bytes: int | None = None,
         swap_policy: Literal["keep", "replace"] = "keep",
     ) -> None:
         self._manager = manager
@@ -80,11 +99,12 @@ class Refresher:
         self._make_runner = make_runner
         self._refresh_seconds = refresh_seconds
         self._confirm_seconds = confirm_seconds
-        self._memory_limit_bytes = memory_limit_bytes
+        self._memory_limit_bytes = manager.trust.memory_limit_bytes
         self._swap_policy = swap_policy
         self._estimator = memory.Estimator()
         self._dropped: dict[str, list[Wanted]] = {}  # what was taken out of service to make room, by name
-        self._in_vain: dict[ModelRef, str] = {}  # for what something was dropped once, and it failed: its content
+        self._in_vain: dict[ModelRef, _InVain] = {}  # for what something was dropped, and it failed
+        self._least: dict[ModelRef, _Least] = {}  # what could not be loaded in all that was free
         self._catalogue: Catalogue | None = None
         self._failures: dict[ModelRef, _Failure] = {}
         self._gone: frozenset[str] = frozenset()
@@ -93,7 +113,7 @@ class Refresher:
         self._next_look: asyncio.Task[Outcome] | None = None
         self._loader = Worker("load")
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: dict[asyncio.Task[None], tuple[ModelRef, float]] = {}  # since when, by time.monotonic()
         self.unloading: list[ModelRef] = []
         self.last_sync: datetime | None = None
         self.last_error: str | None = None
@@ -185,7 +205,7 @@ class Refresher:
             if not wanted.confirmed:
                 self._unconfirmed.set()
                 continue
-            result = await self._load(wanted, catalogue, insist=insist)
+            result = await self._load(wanted, catalogue)
             if isinstance(result, Slot):
                 loaded.append(str(wanted.ref))
                 retired += self._put(result, catalogue)
@@ -213,6 +233,8 @@ class Refresher:
                 snapshot = snapshot.with_entry(name, None)
         self._gone = gone
         self._failures = {ref: failure for ref, failure in self._failures.items() if ref in catalogue.wanted}
+        self._in_vain = {ref: tried for ref, tried in self._in_vain.items() if ref in catalogue.wanted}
+        self._least = {ref: least for ref, least in self._least.items() if ref in catalogue.wanted}
         return self._swap(snapshot)
 
     def _announce(self, name: str, catalogue: Catalogue) -> list[str]:
@@ -237,18 +259,21 @@ class Refresher:
         failure = self._failures.get(wanted.ref)
         return failure is not None and failure.content == wanted.content and time.monotonic() < failure.retry_at
 
-    async def _load(
-        self, wanted: Wanted, catalogue: Catalogue, *, insist: bool = False, may_drop: bool = True
-    ) -> Slot | DisklessError:
+    async def _load(self, wanted: Wanted, catalogue: Catalogue, *, may_drop: bool = True) -> Slot | DisklessError:
         """Load one version; return the slot that serves it, or why it cannot be served."""
         ref, started = wanted.ref, time.perf_counter()
         try:
             with await self._manager.fetch(wanted) as bundle:
                 found = time.perf_counter()
+                await self._finish_retiring()  # what is on its way out needs no room any more
                 estimate = self._estimator.estimate(bundle.stored, bundle.manifest.memory if bundle.manifest else None)
-                superseded = self._superseded(wanted, catalogue, insist=insist) if may_drop else []
-                await self._make_room(wanted, estimate.peak_bytes, superseded, catalogue)
-                checked = await self._loader.run(load_checked, bundle, before_check=limit_native_threads)
+                await self._make_room(wanted, estimate, catalogue, may_drop=may_drop)
+                room = memory.room(self._memory_limit_bytes)
+                try:
+                    checked = await self._loader.run(load_checked, bundle, before_check=limit_native_threads)
+                except NoRoom:  # it takes more than was expected: more than there was
+                    self._least[ref] = _Least(wanted.content, room.free_bytes + memory.MB if room else 0)
+                    raise
         except (BundleError, StorageError) as error:
             failure: DisklessError = error
         except Exception as error:
@@ -272,6 +297,7 @@ class Refresher:
                 content=wanted.content,
                 parity=checked.parity,
                 seconds=seconds,
+                held_bytes=estimate.expected.resident_bytes,
             )
         _forget_frames(failure)
         await self._loader.run(trim_heap)
@@ -279,73 +305,94 @@ class Refresher:
 
     # Room
 
-    def _superseded(self, wanted: Wanted, catalogue: Catalogue, *, insist: bool) -> list[ModelRef]:
-        """Return what serves in the place of `wanted` until it is there, and could be fetched again if that failed.
-
-        Nothing, when it was dropped for this very content before, in vain: it would be out of service at every attempt.
-        Nothing of a bare model: its old file has been overwritten.
-        """
-        if wanted.bare or (self._in_vain.get(wanted.ref) == wanted.content and not insist):
-            return []
-        entry = self._registry.snapshot.entries.get(wanted.ref.name, Entry())
-        return [
-            slot.ref
-            for slot in entry.slots.values()
-            if slot.runner is not None and not slot.bare and slot.ref not in catalogue.wanted
-        ]
-
     async def _make_room(
-        self, wanted: Wanted, needed_bytes: int, superseded: list[ModelRef], catalogue: Catalogue
+        self, wanted: Wanted, estimate: memory.Estimate, catalogue: Catalogue, *, may_drop: bool
     ) -> None:
         """Return when there is as much memory as is needed; drop what is superseded for it where the policy allows that.
 
         Raises `NoRoom`.
         """
-        label = str(wanted.ref)
-        if self._free(needed_bytes):
-            return
-        await self._finish_retiring()  # what is on its way out needs no room any more
-        found = memory.room(self._memory_limit_bytes)
+        label, needed_bytes = str(wanted.ref), estimate.peak_bytes
+        least = self._least.get(wanted.ref)
+        if least is not None and least.content == wanted.content:
+            needed_bytes = max(needed_bytes, least.free_bytes)
+        room = memory.room(self._memory_limit_bytes)
+        superseded = self._superseded(wanted, catalogue) if may_drop else []
+        held = sum(slot.held_bytes for slot in superseded)
+        enough = room is not None and room.free_bytes + held >= needed_bytes
         try:
-            memory.check(found, needed_bytes, label, replaceable=bool(superseded) and self._swap_policy == "keep")
-        except NoRoom:
-            held = sum(self._held_bytes(ref) for ref in superseded)
-            if self._swap_policy == "keep" or found is None or found.free_bytes + held < needed_bytes:
+            memory.check(room, needed_bytes, label, replaceable=enough and self._swap_policy == "keep")
+            return
+        except NoRoom as error:
+            if estimate.corrected:  # the next attempt is made without: what happened once must not refuse for ever
+                self._estimator.forget(estimate.kind)
+            tried = self._in_vain.get(wanted.ref)
+            if tried is not None and tried.content == wanted.content and time.monotonic() < tried.until:
+                raise NoRoom(
+                    f"{error}; it was tried once in the place of the version before, and failed: {tried.reason}"
+                ) from None
+            if self._swap_policy == "keep" or not enough or not superseded:
                 raise
-            self._in_vain[wanted.ref] = wanted.content  # unless it loads
-            await self._drop(wanted, superseded, catalogue)
-            memory.check(memory.room(self._memory_limit_bytes), needed_bytes, label)
+        await self._drop(wanted, superseded, catalogue)
+        memory.check(memory.room(self._memory_limit_bytes), needed_bytes, label)
 
-    def _free(self, needed_bytes: int) -> bool:
-        found = memory.room(self._memory_limit_bytes)
-        return found is None or needed_bytes <= found.free_bytes
+    def _superseded(self, wanted: Wanted, catalogue: Catalogue) -> list[Slot]:
+        """Return what serves in the place of `wanted` until it is there, and could be fetched again if that failed.
 
-    def _held_bytes(self, ref: ModelRef) -> int:
-        slot = self._slot(ref)
-        taken = slot.runner.model.report.taken if slot is not None and slot.runner is not None else None
-        return taken.resident_bytes if taken is not None else 0
+        Not what serves another alias, too; nor what the index does not have any more, or has with another content; nor
+        anything of a bare model, whose old file has been overwritten.
+        """
+        entry = self._registry.snapshot.entries.get(wanted.ref.name, Entry())
+        published = catalogue.index.models.get(wanted.ref.name)
+        if wanted.bare or published is None:
+            return []
+        found = []
+        for slot in entry.slots.values():
+            aliases = {alias for alias, label in entry.serving.items() if label == slot.ref.version}
+            version = published.versions.get(slot.ref.version)
+            again = version is not None and version.manifest_sha256 == slot.content
+            if slot.runner is not None and aliases <= {*wanted.aliases} and again and slot.ref not in catalogue.wanted:
+                found.append(slot)
+        return found
 
-    async def _drop(self, wanted: Wanted, superseded: list[ModelRef], catalogue: Catalogue) -> None:
-        """Take versions out of service, and return when the memory that they had is free."""
+    async def _drop(self, wanted: Wanted, superseded: list[Slot], catalogue: Catalogue) -> None:
+        """Take versions out of service, and return when the memory that they had is free.
+
+        Raises `NoRoom` when they do not end what they are computing; then they serve again.
+        """
         name = wanted.ref.name
         entry = self._registry.snapshot.entries[name]
-        labels = {ref.version for ref in superseded}
-        why = f"it takes the place of {', '.join(map(str, superseded))}: there is no room for both"
-        logger.warning("dropping", extra={"fields": {"models": list(map(str, superseded)), "for": str(wanted.ref)}})
-        self._dropped[name] = [
-            Wanted(
-                ref,
-                tuple(alias for alias, label in entry.serving.items() if label == ref.version),
-                manifest_sha256=entry.slots[ref.version].content,
-            )
-            for ref in superseded
-        ]
+        names = ", ".join(str(slot.ref) for slot in superseded)
+        labels = {slot.ref.version for slot in superseded}
+        why = f"it takes the place of {names}: there is no room for both"
+        logger.warning("dropping", extra={"fields": {"models": names, "for": str(wanted.ref)}})
         slots = {label: slot for label, slot in entry.slots.items() if label not in labels}
         slots[wanted.ref.version] = Slot(wanted.ref, State.LOADING, why, why)
         serving = {alias: label for alias, label in entry.serving.items() if label not in labels}
-        del entry  # it holds what is to be let go of
         self._replace(name, Entry(slots, serving), catalogue)
-        await self._finish_retiring()
+        if await self._finish_retiring() & {slot.ref for slot in superseded}:
+            again = {
+                slot.ref.version: replace(slot, runner=self._make_runner(slot.runner.model))
+                for slot in superseded
+                if slot.runner is not None
+            }
+            self._replace(name, replace(entry, slots={**slots, **again}), catalogue)
+            raise NoRoom(
+                f"{wanted.ref}: there is room only in the place of {names}, which does not end what it computes"
+            )
+        before = self._in_vain.get(wanted.ref)
+        count = before.count + 1 if before is not None and before.content == wanted.content else 1
+        self._in_vain[wanted.ref] = _InVain(wanted.content, count)  # unless it loads
+        self._dropped[name] = [
+            Wanted(
+                slot.ref,
+                tuple(alias for alias, label in entry.serving.items() if label == slot.ref.version),
+                manifest_sha256=slot.content,
+            )
+            for slot in superseded
+        ]
+        superseded.clear()  # the caller's list, too: it holds what is to be let go of
+        del entry
         await self._loader.run(_collect)
 
     async def _bring_back(self, name: str, catalogue: Catalogue) -> bool:
@@ -353,12 +400,17 @@ class Refresher:
         left = []
         for wanted in self._dropped.pop(name, []):
             entry = self._registry.snapshot.entries.get(name)
-            if entry is None or all(alias in entry.serving for alias in wanted.aliases):
-                continue  # the name has gone, or something else serves by now
+            published = catalogue.index.models.get(name)
+            known = published is not None and wanted.ref.version in published.versions
+            aliases = [
+                alias for alias in wanted.aliases if entry and alias in entry.wanted and alias not in entry.serving
+            ]
+            if entry is None or not known or not aliases:
+                continue  # the name has gone, or the version, or something else serves by now
             result = await self._load(wanted, catalogue, may_drop=False)
             if isinstance(result, Slot):
                 entry = self._registry.snapshot.entries[name]
-                serving = {**entry.serving, **dict.fromkeys(wanted.aliases, wanted.ref.version)}
+                serving = {**entry.serving, **dict.fromkeys(aliases, wanted.ref.version)}
                 self._replace(
                     name, replace(entry, slots={**entry.slots, wanted.ref.version: result}, serving=serving), catalogue
                 )
@@ -371,16 +423,19 @@ class Refresher:
             self._dropped[name] = left
         return not left
 
-    async def _finish_retiring(self) -> None:
+    async def _finish_retiring(self) -> set[ModelRef]:
+        """Wait for what is on its way out, each `RETIRE_SECONDS` at most since it was retired; return what is still there."""
         if self._retiring:
-            await asyncio.wait(self._retiring)
+            latest = max(began for _, began in self._retiring.values())
+            await asyncio.wait(self._retiring, timeout=max(0.0, latest + RETIRE_SECONDS - time.monotonic()))
+        return {ref for task, (ref, _) in self._retiring.items() if not task.done()}
 
     # The registry
 
     def _put(self, slot: Slot, catalogue: Catalogue) -> list[str]:
         self._failures.pop(slot.ref, None)
         self._in_vain.pop(slot.ref, None)
-        self._dropped.pop(slot.ref.name, None)
+        self._least.pop(slot.ref, None)
         entry = self._registry.snapshot.entries.get(slot.ref.name, Entry())
         return self._replace(slot.ref.name, replace(entry, slots={**entry.slots, slot.ref.version: slot}), catalogue)
 
@@ -392,6 +447,11 @@ class Refresher:
         count = (before.count if before and before.content == wanted.content else 0) + (not passing)
         # What is wrong with a file stays wrong until it is replaced; what is wrong with the network does not.
         pause = 0.0 if passing else pause_seconds(self._refresh_seconds, count)
+        tried = self._in_vain.get(ref)
+        if tried is not None and not tried.reason:  # something was just dropped for it
+            # Another attempt drops it again: only after a passing failure, and ever later.
+            until = time.monotonic() + pause_seconds(self._refresh_seconds, tried.count) if passing else math.inf
+            self._in_vain[ref] = replace(tried, reason=text, until=until)
         self._failures[ref] = _Failure(
             wanted.content, text, count, time.monotonic() + pause, for_want_of_room=isinstance(error, NoRoom)
         )
@@ -427,8 +487,8 @@ class Refresher:
         for runner in self._registry.swap(snapshot):
             retired.append(str(runner.model.ref))
             task = self._begin(self._retire(runner))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retiring[task] = runner.model.ref, time.monotonic()
+            task.add_done_callback(self._retiring.pop)
         return retired
 
     async def _retire(self, runner: Runner) -> None:

@@ -29,7 +29,8 @@ class Slot:
     """One version: its state, its runner where it is READY, and what is wrong where something is.
 
     `reason` is for whoever runs the service; `hint` says the same to callers, without places and paths. `content` is
-    what the bucket wanted under this version when it was loaded, `seconds` is what each phase of that took.
+    what the bucket wanted under this version when it was loaded, `seconds` is what each phase of that took; `held_bytes` is about
+    how much memory would be free without it.
     """
 
     ref: ModelRef
@@ -40,6 +41,7 @@ class Slot:
     bare: bool = False
     content: str | None = None
     parity: float | None = None
+    held_bytes: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from app.errors import InvalidInput, RequestTooLarge, Violation
 
@@ -54,6 +54,13 @@ class TensorSpec(BaseModel):
     assumed: bool = False
     categories: tuple[Any, ...] | None = None
     ordered: bool = False
+
+    @field_validator("dtype")
+    @classmethod
+    def _is_known(cls, dtype: str) -> str:
+        if not is_dtype(dtype):
+            raise ValueError(f"{dtype[:MAX_SHOWN]!r} is no dtype that a column of a model can have")
+        return dtype
 
     @property
     def is_datetime(self) -> bool:
@@ -447,6 +454,27 @@ _INTEGER = re.compile(r"u?int(8|16|32|64)\b")
 def _is_numpy(dtype: str) -> bool:
     return dtype in ("object", "bool") or any(pattern.fullmatch(dtype) for pattern in (_FLOAT, _INTEGER))
 
+
+def is_dtype(dtype: str) -> bool:
+    """Whether this names a dtype of numpy, pandas or Arrow, and neither tells how much memory to take nor a file to read."""
+    return len(dtype) <= 100 and _DTYPE.fullmatch(dtype) is not None
+
+
+_UNIT = r"(\d{0,9}(Y|M|W|D|h|m|s|ms|us|μs|ns|ps|fs|as)|generic)"
+_PLACE = r"[A-Za-z0-9_+-]+"  # of a time zone
+_ZONE = rf"(UTC([+-][0-9:]{{1,8}})?|[+-][0-9:]{{1,8}}|pytz\.FixedOffset\(-?\d{{1,4}}\)|(?!dateutil){_PLACE}(/{_PLACE}){{0,3}})"
+_NUMBER = r"([Uu]?[Ii]nt(8|16|32|64)|[Ff]loat(16|32|64|96|128)|complex(64|128|192|256)|bool|boolean)"
+_TIME = rf"(datetime64|timedelta64)(\[{_UNIT}\])?|datetime64\[{_UNIT}, {_ZONE}\]"
+_ARROW = (
+    rf"(bool|u?int(8|16|32|64)|halffloat|float|double|null|(large_)?(string|binary)|date32\[day\]|date64\[ms\]"
+    rf"|(time32|time64|duration)\[{_UNIT}\]|timestamp\[{_UNIT}(, tz={_ZONE})?\]|decimal(128|256)\(\d\d?, -?\d\d?\)"
+    r"|dictionary<values=(large_)?string, indices=u?int(8|16|32|64), ordered=[01]>)\[pyarrow\]"
+)
+_DTYPE = re.compile(
+    rf"{_NUMBER}|{_TIME}|{_ARROW}|[<>](([iufc]\d{{1,2}})|[mM]8(\[{_UNIT}\])?)|object|str|string|category"
+    rf"|string\[(python|pyarrow|pyarrow_numpy)\]|Sparse\[{_NUMBER}, [A-Za-z0-9_.+-]{{1,30}}\]|period\[[A-Za-z-]{{1,10}}\]"
+    rf"|interval(\[({_NUMBER}|{_TIME})(, (left|right|both|neither))?\])?"
+)
 
 Path = Callable[[int], str]
 

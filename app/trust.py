@@ -53,7 +53,10 @@ class Trust:
             )
 
     def bytes_for(self, size: int) -> int:
-        """Return the most that a load of `size` stored bytes may take: what is free, and in any case a multiple of it."""
+        """Return the most that a load of `size` stored bytes may take now: what is free, and at most `most_for`."""
         room = memory.room(self.memory_limit_bytes)
-        most = max(MIN_GROWTH_BYTES, MAX_GROWTH * size)
-        return most if room is None else min(most, room.free_bytes)
+        return self.most_for(size) if room is None else min(self.most_for(size), room.free_bytes)
+
+    def most_for(self, size: int) -> int:
+        """Return the most that `size` stored bytes can rightly become."""
+        return max(MIN_GROWTH_BYTES, MAX_GROWTH * size)

@@ -1,4 +1,4 @@
-"""Whether what a bucket holds would serve: every object there, every digest right, loaded, the golden rows come out."""
+"""Whether what a bucket holds would serve: every object there, the bytes as recorded, loaded, the golden rows come out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from app.names import ModelRef
 class Verdict:
     """What was found of one version (or of the index); `problem` is None when it would serve.
 
-    `kind` is the name of the problem's class in `app.errors`, where it has one.
+    `kind` is the name of the problem's class in `app.errors`, where it has one. `unread`: the storage failed, which says
+    nothing of the version.
     """
 
     ref: str
@@ -25,6 +26,7 @@ class Verdict:
     parity: float | None = None
     bare: bool = False
     kind: str | None = None
+    unread: bool = False
 
 
 async def verify(manager: ModelStorageManager, names: Sequence[str] = ()) -> AsyncIterator[Verdict]:
@@ -58,7 +60,8 @@ async def _verdict(manager: ModelStorageManager, wanted: Wanted) -> Verdict:
         with await manager.fetch(wanted) as bundle:
             checked = await asyncio.to_thread(load_checked, bundle)
     except (BundleError, StorageError) as error:  # one version must not keep the others from being looked at
-        return Verdict(str(wanted.ref), str(error), bare=wanted.bare, kind=type(error).__name__)
+        unread = isinstance(error, StorageError)
+        return Verdict(str(wanted.ref), str(error), bare=wanted.bare, kind=type(error).__name__, unread=unread)
     golden = checked.model.golden
     rows = len(golden.instances) if golden else 0
     return Verdict(str(wanted.ref), None, golden_rows=rows, parity=checked.parity, bare=wanted.bare)

@@ -22,6 +22,7 @@ Policy = Literal["refuse", "warn"]
 GATED = ("scikit-learn", "numpy")  # major and minor version must be those that the model was trained with
 LIBRARIES = (*GATED, "scipy", "joblib", "pandas")
 PINS = "ml-requirements.txt"
+MAX_TOLD = 40  # characters of a recorded version: whatever wrote the model wrote them
 
 
 @functools.cache
@@ -46,7 +47,7 @@ def check(
     """
     here = present_versions() if present is None else present
     differing = {
-        library: (version, here.get(library, "none"))
+        library: (version[:MAX_TOLD], here.get(library, "none"))
         for library, version in trained_with.items()
         if library in ("python", *LIBRARIES) and version != here.get(library)
     }
@@ -67,6 +68,16 @@ def check(
     if told:
         warnings.append(f"was trained with {'; '.join(told)}")
     return tuple(warnings)
+
+
+def differences(trained_with: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
+    """Return Python and the libraries whose version here is not the one that was recorded; of others nothing is told."""
+    present = present_versions()
+    return {
+        library: {"trained_with": version, "present": present.get(library)}
+        for library, version in trained_with.items()
+        if library in ("python", *LIBRARIES) and version != present.get(library)
+    }
 
 
 def _minor(version: str) -> str:
@@ -110,8 +121,7 @@ class _Versions:
         here = self.present.get(library, "none")
         known = self.trained.get(library)
         name = "Python" if library == "python" else library
-        if known is None or known == here:
-            known = None
+        known = None if known is None or known == here else known[:MAX_TOLD]
         who = f"{name} {known or writer} wrote it and {here} reads it here" if known or writer else ""
         who = who or f"another version of {name} than {here} wrote it"
         if library == "python":

@@ -7,7 +7,7 @@ import io
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -167,10 +167,11 @@ async def serving(
     memory_limit_bytes: int | None = None, swap_policy: Literal["keep", "replace"] = "keep",
 ) -> AsyncIterator[Served]:  # fmt: skip
     """Serve what `manager` finds; nothing is looked at before `refresher.start` or `look_now`."""
+    manager.trust = replace(manager.trust, memory_limit_bytes=memory_limit_bytes)
     registry = Registry(aliases, required)
     refresher = Refresher(
         manager, registry, make_runner, refresh_seconds=refresh_seconds, confirm_seconds=confirm_seconds,
-        memory_limit_bytes=memory_limit_bytes, swap_policy=swap_policy,
+        swap_policy=swap_policy,
     )  # fmt: skip
     async with manager.storage:
         try:

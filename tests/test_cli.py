@@ -162,7 +162,7 @@ def test_publishing_says_what_was_published_and_what_serves(run, run_here, files
     told = f"{size:,} bytes, 4 golden rows, methods {methods}"
     assert (first.returncode, first.stderr) == (0, "")
     assert first.stdout == f"published churn/1: {told}; in production\n"
-    assert second.stdout == f"published churn/2: {told}; not in production: --promote puts a version there\n"
+    assert second.stdout == f"published churn/2: {told}; not in production: `promote churn 2` would put it there\n"
     assert third.stdout == f"published churn/spring: {told}; in production\n"
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr.splitlines()[-1].startswith("error: churn/1 exists already")
@@ -295,6 +295,35 @@ def test_what_there_is_is_listed_with_who_moved_what(three, tmp_path):
         1,
         f"error: there is no model 'nobody' in directory {tmp_path} under models/; there is sum, bare\n",
     )
+
+
+def test_the_life_of_a_model_goes_as_the_readme_tells_it(run_here, files, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    shutil.copy(files / "model.joblib", tmp_path / "here" / "churn.joblib")
+    shutil.copy(files / "rows.csv", tmp_path / "here" / "examples.csv")
+    monkeypatch.chdir(tmp_path / "here")
+    told = (ROOT / "README.md").read_text().partition("## The life of a model")[2].split("```")[1]
+    commands = [line.partition("#")[0].removeprefix("python -m app ").split() for line in told.strip().splitlines()]
+    assert run_here(*commands[0]).returncode == 0  # the version 1 that is there already
+    done = [run_here(*words) for words in commands]
+
+    assert [(it.args, it.stderr) for it in done if it.returncode != 0] == []
+    assert done[0].stdout.startswith("published churn/2: ")
+    assert done[-1].stdout.startswith("unpublished churn/1: ")
+
+
+def test_a_bare_model_under_a_name_without_versions_is_listed_beside_the_history(three, tmp_path):
+    for version, *more in (["2"], ["3"], ["1", "--drop-aliases"]):
+        assert three("unpublish", "sum", version, *more).returncode == 0
+    gone = said(three("list"))
+    (tmp_path / "models" / "sum.joblib").write_text("whatever")
+    there = said(three("list", "sum"))[1].splitlines()
+    (told,) = json.loads(three("list", "--json").stdout)["models"]
+
+    assert gone == (0, "sum\n  no version is left\n")
+    assert re.fullmatch("  [0-9a-f]+  bare: a file without a manifest", there[1])
+    assert there[2:4] == ["  moves of production, the latest first:", "    TIME  - -> 1  WHO"]
+    assert (told["published"], len(told["versions"]), len(told["unpublished"])) == (False, 1, 3)
 
 
 def test_listing_nothing_says_so(run_here, tmp_path):
@@ -473,6 +502,22 @@ def test_verifying_tells_what_would_not_serve(run, run_here, tmp_path):
     assert (one.returncode, len(one.stdout.splitlines())) == (0, 1)
     assert none.returncode == 3
     assert none.stdout == "FAILED nobody: there is no such model; there is sum, text\n"
+
+
+def test_verifying_what_the_storage_does_not_give_says_nothing_of_the_version(three, tmp_path):
+    artifact = tmp_path / "models" / "sum" / "1" / "model.joblib"
+    artifact.unlink()
+    artifact.symlink_to("/etc/hostname")  # which leads out of the folder, so it is denied
+    denied = three("verify")
+    told = json.loads(three("verify", "--json").stdout)["versions"]
+    (tmp_path / "models" / "text.joblib").write_text("not a model")
+    mixed = three("verify")
+
+    assert denied.returncode == 1
+    assert [line.split()[0] for line in denied.stdout.splitlines()] == ["unread", "ok", "ok"]
+    assert denied.stderr == "whether 1 of 3 would serve is not known: the storage failed\n"
+    assert [(it["ok"], it["unread"]) for it in told] == [(False, True), (True, False), (True, False)]
+    assert mixed.returncode == 3
 
 
 def test_verifying_nothing_says_so(run_here, tmp_path):

@@ -34,7 +34,7 @@ from app.settings import load_settings
 from app.storage.local import LocalStorage
 from app.storage.r2 import R2Storage
 from tests.faults import FOR_EVER, Answer, Fault, FaultyProxy, hang, page, status
-from tests.repository import ROWS, draft, dumped, linear
+from tests.repository import ROWS, draft, dumped, linear, scaler
 from tests.service import clean_environment, free_port, r2_environment
 
 SECRET = "very-secret"
@@ -736,6 +736,48 @@ async def test_a_version_without_a_trusted_seal_is_told(examine, local, manager)
         State.FAILED,
         "publish it with --seal-key",
     )
+
+
+async def test_a_seal_that_could_not_be_looked_at_is_not_called_right(examine, local, manager):
+    private, public = seal.keygen()
+    trusting = {**local, "ML_TRUSTED_KEYS": f"ci:{public}"}
+    nothing = one(await examine(**trusting), "seals")
+    manager.save("a", linear(1), seal_key=private)
+    manager.save("b", linear(1))
+    (Path(local["ML_LOCAL_DIR"]) / "models/b/1/model.joblib").unlink()
+    unknown = one(await examine(**trusting), "seals")
+
+    assert (nothing.state, nothing.found.split(",")[0]) == (State.SKIPPED, "nothing is served")
+    assert (unknown.state, unknown.found.split(";")[0]) == (
+        State.WARNING,
+        "not known, as it could not be fetched: b/1",
+    )
+
+
+async def test_a_bare_model_under_a_name_without_versions_is_one(examine, local, manager):
+    manager.save("a", linear(1))
+    async with manager.storage as storage:
+        await manager.unpublish("a", "1", drop_aliases=True)
+        empty = one(await examine(**local), "index")
+        await storage.put("models/a.joblib", dumped(linear(2)))
+        await storage.put("models/a_scaler.joblib", dumped(scaler()))
+    findings = await examine(**local, ML_COMPANIONS="a:scaler")
+
+    assert empty.found == "no version is left in it, and no bare model: nothing would be served from models/"
+    assert states(findings, State.FAILED, State.WARNING) == []
+    assert one(findings, "index").found == "no version is left in it, and 1 bare model: a"
+    assert one(findings, "ML_COMPANIONS").found == "a must have scaler: see the model"
+
+
+async def test_a_version_that_nothing_serves_and_that_cannot_be_read_is_not_to_be_removed(examine, local, manager):
+    manager.save("a", linear(1))
+    manager.save("a", linear(2))
+    artifact = Path(local["ML_LOCAL_DIR"]) / "models/a/2/model.joblib"
+    artifact.unlink()
+    artifact.symlink_to("/etc/hostname")
+    unread = one(await examine(**local), "model a/2")
+
+    assert (unread.state, unread.remedy) == (State.WARNING, "let this user, or this token, read all of it")
 
 
 async def test_models_that_will_not_fit_are_told_before_they_are_loaded(examine, local, manager):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.errors import NothingToRollBackTo, UnknownVersion, VersionExists, VersionInUse
-from app.index import HISTORY_LENGTH, Index, VersionEntry
+from app.errors import InvalidIndex, NothingToRollBackTo, UnknownVersion, VersionExists, VersionInUse
+from app.index import HISTORY_LENGTH, MAX_INDEX_BYTES, Index, VersionEntry
 
 AT = "2026-11-21T20:00:00+00:00"
 ENTRY = VersionEntry(created=AT, manifest_sha256="0")
@@ -143,3 +143,83 @@ def test_names_and_versions_that_are_not_there_are_told_with_those_that_are():
         Index().entry("b")
     with pytest.raises(UnknownVersion, match="a has no version '7'; there is 1, 2"):
         index("1", "2").entry("a", "7")
+
+
+def of(entry: dict[str, object], name: str = "a") -> bytes:
+    return json.dumps({"format": 1, "models": {name: entry}}).encode()
+
+
+STORED = {"created": AT, "manifest_sha256": "0"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        of({}, name="../a"),
+        of({"versions": {"../../x": STORED}}),
+        of({"versions": {"1": STORED}, "aliases": {"a b": "1"}}),
+        of({"unpublished": {"../../x": {"at": AT}}}),
+        of({"unpublished": {"9" * 5000: {"at": AT}}}),
+        of({"history": {"a b": []}}),
+        of({"history": {"production": [{"version": "../x", "at": AT}]}}),
+        of({"history": {"production": [{"version": "1", "previous": "../x", "at": AT}]}}),
+    ],
+)
+def test_every_label_and_alias_in_it_must_be_one(body):
+    with pytest.raises(InvalidIndex, match="cannot be the name of a model, a version or an alias"):
+        Index.decode(body)
+
+
+@pytest.mark.parametrize("entry", [{}, {"versions": {"x" * 3_000_000: 1}}])
+def test_what_is_wrong_is_told_without_all_that_somebody_wrote_there(entry):
+    with pytest.raises(InvalidIndex) as caught:
+        Index.decode(of(entry, name="a b" * 1_000_000))
+
+    assert len(str(caught.value)) < 500
+
+
+def test_labels_that_are_there_by_the_thousand_are_not_all_told():
+    made = index("1").model_copy()
+    entry = made.models["a"].model_copy(update={"versions": {str(number): ENTRY for number in range(2000)}})
+    made = made.model_copy(update={"models": {"a": entry}})
+    with pytest.raises(UnknownVersion, match=r"there is 0, 1, .*, 49 and 1,950 more$"):
+        made.entry("a", "none")
+
+
+def test_a_number_that_nobody_has_counted_to_is_a_label_like_any_other():
+    assert index("3", "9" * 100).next_version("a") == "4"
+    assert index("3").without_version("a", "3", at=AT).with_version("a", "9" * 19, ENTRY).next_version("a") == "4"
+    assert index("9" * 18, "1" + "0" * 18).next_version("a") == "1" + "0" * 17 + "1"
+
+
+def test_an_index_that_nobody_needs_so_large_is_not_parsed():
+    with pytest.raises(InvalidIndex, match="it has more than 8,388,608 bytes"):
+        Index.decode(b" " * (MAX_INDEX_BYTES - 20) + Index().encode())
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"", "the whole: Invalid JSON"),
+        (b"[]", "the whole: Input should be"),
+        (b"{}", "format: Field required"),
+        (b'{"models": {}}', "format: Field required"),
+        (b'{"format": 1}', "models: Field required"),
+        (b'{"format": "x", "models": {}}', "format: Input should be a valid integer"),
+        (b'{"format": 0, "models": {}}', "has format 0, this release reads up to 1"),
+        (b'{"format": 2, "models": {}}', "has format 2, this release reads up to 1: upgrade Diskless"),
+        (b'{"format": 2, "models": ["a"]}', "has format 2, this release reads up to 1: upgrade Diskless"),
+        (b'{"format": 1, "models": {"a": 1}}', "models.a: Input should be"),
+    ],
+)
+def test_what_is_no_index_of_this_release_is_told(body, told):
+    with pytest.raises(InvalidIndex) as caught:
+        Index.decode(body)
+
+    assert told in str(caught.value)
+
+
+def test_a_name_whose_versions_all_went_is_not_published():
+    made = index("1").with_version("b", "1", ENTRY).without_version("a", "1", at=AT)
+
+    assert (list(made.models), list(made.published)) == (["a", "b"], ["b"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.errors import InvalidManifest
-from app.manifest import CHUNK_BYTES, FORMAT, Artifact, Golden, Manifest
+from app.manifest import CHUNK_BYTES, FORMAT, MAX_MANIFEST_BYTES, Artifact, Golden, Manifest
 from app.names import ModelRef
 from app.signature import Signature, TensorSpec
 
@@ -79,6 +79,27 @@ def test_fields_of_a_later_release_are_no_obstacle():
         (changed(artifacts=[artifact(size=-1)]), "manifest.json is not a manifest: artifacts.0.size"),
         (changed(artifacts=[artifact(size=CHUNK_BYTES * 2)]), "are 2 chunks, the manifest lists 1"),
         (changed(artifacts=[artifact(chunk_bytes=0)]), "manifest.json is not a manifest: artifacts.0.chunk_bytes"),
+        (
+            changed(artifacts=[artifact(chunk_bytes=1024)]),
+            "chunk_bytes: Input should be greater than or equal to 65536",
+        ),
+        (
+            changed(artifacts=[artifact(chunk_bytes=1 << 40)]),
+            "chunk_bytes: Input should be less than or equal to 4194304",
+        ),
+        (changed(artifacts=[artifact(path="a/" * 1_000_000)]), "path: String should have at most 500 characters"),
+        (changed(artifacts=[artifact(path="-" * 400)]), "leaves its version's folder or is no path"),
+        (changed(artifacts=[artifact(role="x" * 1_000_000)]), "role: String should have at most 100 characters"),
+        (
+            changed(artifacts=[artifact(role=f"r{number}") for number in range(5000)]),
+            "must list one model and each role",
+        ),
+        (changed(artifacts=[artifact(sha256="0" * 1_000_000)]), "sha256: String should have at most 64 characters"),
+        (changed(artifacts=[artifact(chunks=["0" * 1_000_000])]), "chunks.0: String should have at most 64 characters"),
+        (changed(version="8" * 1_000_000), "version: String should have at most 100 characters"),
+        (changed(trained_with={"numpy": "2" * 1_000_000}), "trained_with.numpy: String should have at most 100"),
+        (changed(trained_with={"x" * 1_000_000: "1"}), "trained_with.x"),
+        (b" " * MAX_MANIFEST_BYTES + MANIFEST.encode(), "it has more than 8,388,608 bytes"),
     ],
 )
 def test_what_is_no_manifest_of_this_version_is_refused(body, sentence):
@@ -87,3 +108,4 @@ def test_what_is_no_manifest_of_this_version_is_refused(body, sentence):
 
     assert str(caught.value).startswith("churn/7")
     assert sentence in str(caught.value)
+    assert len(str(caught.value)) < 700

@@ -379,10 +379,16 @@ def test_an_estimate_from_sizes_takes_the_parts_one_after_the_other():
 
 
 def test_what_the_publisher_measured_is_what_is_expected():
-    estimate = Estimator().estimate([Stored("joblib", 100 * MB)], Taken(50 * MB, 60 * MB))
+    estimate = Estimator().estimate([Stored("joblib", 40 * MB)], Taken(50 * MB, 60 * MB))
 
     assert (estimate.resident_bytes, estimate.peak_bytes) == (50 * MB, 60 * MB + OVERHEAD_BYTES)
     assert estimate.kind == "recorded"
+
+
+def test_a_manifest_cannot_say_that_loading_takes_less_than_is_read():
+    estimate = Estimator().estimate([Stored("joblib", 300 * MB), Stored("joblib", 200 * MB)], Taken(0, 0))
+
+    assert (estimate.resident_bytes, estimate.peak_bytes) == (0, 500 * MB + OVERHEAD_BYTES)
 
 
 def test_nothing_to_load_takes_nothing_but_the_overhead():

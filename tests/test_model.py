@@ -15,19 +15,23 @@ import pandas as pd
 import pytest
 from scipy import sparse
 from sklearn.cluster import KMeans
+from sklearn.compose import make_column_transformer
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfVectorizer
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import (
     FunctionTransformer,
     LabelBinarizer,
     LabelEncoder,
     MultiLabelBinarizer,
     OneHotEncoder,
+    PolynomialFeatures,
     PowerTransformer,
+    SplineTransformer,
     StandardScaler,
 )
 
@@ -461,3 +465,45 @@ def test_a_companion_that_shares_only_some_columns_with_its_model_is_refused():
 
     with pytest.raises(CompanionFailed, match="share some columns, but not 'c'"):
         serve(estimator, scaler)
+
+
+def test_more_columns_than_can_be_described_are_refused():
+    """A small file says so, and each would have a description of its own."""
+    model = LinearRegression().fit(X, X[:, 0])
+    model.n_features_in_ = inspection.MAX_COLUMNS + 1
+
+    with pytest.raises(UnusableModel, match="takes 100,001 columns, and at most 100,000 can be served"):
+        inspection.infer([], model)
+
+
+def test_columns_are_not_made_up_to_be_counted():
+    model = LinearRegression().fit(X, X[:, 0])
+    width = X.shape[1]
+    scaler, products = StandardScaler().fit(X), PolynomialFeatures(2).fit(X)
+    scaler.n_features_in_ = 1_000_000
+    products.n_output_features_ = width  # which it would find to be more, if it made their names
+
+    signature = inspection.infer([], model)
+
+    Model(REF, signature, model, [products])
+    Model(REF, signature, model, [FeatureUnion([("scaler", scaler)])])
+    with pytest.raises(CompanionFailed, match="its StandardScaler gives 1000000 columns"):
+        Model(REF, signature, model, [scaler])
+
+
+@pytest.mark.parametrize(
+    "companion",
+    [
+        *(StandardScaler(), PCA(2), PolynomialFeatures(2), SplineTransformer(), OneHotEncoder()),
+        *(FeatureUnion([("a", StandardScaler()), ("b", PCA(2))]), make_pipeline(StandardScaler(), PCA(2))),
+        make_column_transformer((PolynomialFeatures(2), [0, 1]), (StandardScaler(), [2]), remainder="passthrough"),
+    ],
+)
+def test_a_companion_of_another_width_is_refused_whatever_tells_its_width(companion):
+    gives = companion.fit_transform(X).shape[1]
+    wide = np.zeros((4, gives + 1))
+
+    with pytest.raises(
+        CompanionFailed, match=f"gives {gives} columns, the LinearRegression behind it takes {gives + 1}"
+    ):
+        serve(LinearRegression().fit(wide, wide[:, 0]), companion)

@@ -14,8 +14,9 @@ import pytest
 import skops.io
 from sklearn.preprocessing import LabelEncoder, OrdinalEncoder
 
+from app import model_storage
 from app.errors import ModelNotReady, StorageDenied
-from app.index import Index
+from app.index import Index, ModelEntry, VersionEntry
 from app.model_storage import ModelStorageManager
 from app.registry import State
 from app.storage.local import LocalStorage
@@ -147,6 +148,36 @@ async def test_at_most_fifty_files_that_are_no_models_are_listed(manager, storag
 
         assert len(served.refresher.ignored) == 50
         assert set(served.refresher.ignored.values()) == {"its ending is not one of .joblib, .pkl, .pickle, .skops"}
+
+
+async def test_of_everything_that_is_passed_over_at_most_fifty_of_a_kind_are_listed(manager, storage):
+    async with serving(manager, aliases=("staging",)) as served:
+        for number in range(60):
+            for key in (f"two words {number}.pkl", f"lost{number}_scaler.joblib"):
+                await storage.put(f"models/{key}", b"")
+        entry = VersionEntry(created="", manifest_sha256="0")
+        names = {f"a{number}": ModelEntry(versions={"1": entry}) for number in range(60)}
+        await storage.put("models/index.json", Index(models=names).encode())
+        await served.refresher.look_now()
+
+        assert len(served.refresher.ignored) == 150
+
+
+async def test_more_bare_models_than_anybody_serves_are_not_tried_but_none_loses_its_companion(
+    manager, storage, monkeypatch
+):
+    monkeypatch.setattr(model_storage, "MAX_BARE_MODELS", 2)
+    async with storage:
+        for name in ("a", "b", "c"):
+            for file in (f"{name}.joblib", f"{name}_scaler.joblib"):
+                await storage.put(f"models/{file}", b"")
+        found = await manager.catalogue()
+
+    assert [(ref.name, [part.role for part in it.parts]) for ref, it in found.wanted.items()] == [
+        ("a", ["scaler", "model"]),
+        ("b", ["scaler", "model"]),
+    ]
+    assert found.ignored == {"c": "more than 2 bare models: publish them, or remove what is none"}
 
 
 # What does not serve: published versions

@@ -3,11 +3,13 @@
 import asyncio
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
 from app.errors import (
     InvalidIndex,
+    InvalidManifest,
     InvalidName,
     ObjectNotFound,
     PublishError,
@@ -15,7 +17,7 @@ from app.errors import (
     UnusableModel,
     VersionExists,
 )
-from app.index import Index, VersionEntry
+from app.index import Index, ModelEntry, VersionEntry
 from app.model_storage import ModelStorageManager, load_checked
 from app.storage.local import LocalStorage
 from app.storage.r2 import R2Storage
@@ -163,12 +165,93 @@ async def test_a_label_that_cannot_be_one_is_refused_before_anything_is_written(
     assert storage.calls == []
 
 
-async def test_a_number_too_long_to_count_on_from_is_refused_instead_of_spoiling_the_index(manager):
+async def test_a_number_too_long_to_count_on_from_keeps_nobody_from_counting(manager):
     await manager.publish("a", draft(linear(0)), version="9" * 100)
-    with pytest.raises(InvalidName):
+    ref, _ = await manager.publish("a", draft(linear(0)))
+
+    assert ref.version == "1"
+    assert (await manager.catalogue()).index.models["a"].aliases == {"production": "9" * 100}
+
+
+# How much is read, and written, of what should be small
+
+
+class Measured(Watched):
+    """A storage that records how many bytes each read returned."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.most: dict[str, int] = {}
+
+    async def get(self, key, **conditions):
+        stored = await super().get(key, **conditions)
+        self.most[key] = max(len(stored.body), self.most.get(key, 0))
+        return stored
+
+
+def grow(path, size=64 << 20):
+    with open(path, "r+b") as file:
+        file.truncate(size)
+
+
+async def test_of_an_index_or_a_manifest_that_is_none_no_more_is_read_than_one_could_have(tmp_path):
+    storage = Measured(LocalStorage(tmp_path))
+    manager = ModelStorageManager(storage, trust=TRUST)
+    await manager.publish("a", draft(linear(0)))
+    (wanted,) = (await manager.catalogue()).wanted.values()
+    grow(tmp_path / "models/a/1/manifest.json")
+    with pytest.raises(InvalidManifest, match=r"a/1: manifest.json has more than 8,388,608 bytes"):
+        await manager.fetch(wanted)
+    grow(tmp_path / "models/index.json")
+    with pytest.raises(InvalidIndex, match=r"it has more than 8,388,608 bytes"):
+        await manager.catalogue()
+
+    assert max(storage.most.values()) == (8 << 20) + 1
+
+
+async def test_what_an_unfinished_publish_may_have_left_is_not_read_whole_to_see_that_it_is_another(tmp_path):
+    storage = Measured(LocalStorage(tmp_path))
+    manager = ModelStorageManager(storage, trust=TRUST)
+    storage.fail(StorageUnavailable("no answer"), "put", "manifest.json")
+    with pytest.raises(StorageUnavailable):
+        await manager.publish("a", draft(linear(0)), version="x")
+    storage.fail(None)
+    grow(tmp_path / "models/a/x/model.joblib")
+    with pytest.raises(VersionExists):
+        await manager.publish("a", draft(linear(0)), version="x")
+
+    assert max(storage.most.values()) < 1 << 20
+
+
+async def test_an_empty_index_is_none_and_is_not_written_over(manager, storage):
+    await storage.put("models/index.json", b"")
+    with pytest.raises(InvalidIndex, match="it is empty"):
         await manager.publish("a", draft(linear(0)))
 
-    assert (await manager.catalogue()).index.models["a"].aliases == {"production": "9" * 100}
+
+async def test_an_index_that_has_not_changed_is_not_read_again_and_a_large_one_is_parsed_aside(manager, storage):
+    entry = ModelEntry(versions={str(number): VersionEntry(created="", manifest_sha256="0") for number in range(9000)})
+    await storage.put("models/index.json", Index(models={"a": entry}).encode())
+    first = await manager.read_index()
+    again = await manager.read_index(first)
+
+    assert len(first.models["a"].versions) == 9000
+    assert again is first
+    assert storage.unchanged == ["models/index.json"]
+
+
+async def test_what_could_not_be_read_again_is_not_published(manager, storage):
+    made = replace(draft(linear(0)), trained_with={f"library{number}": "1" * 100 for number in range(80_000)})
+    with pytest.raises(PublishError, match="its manifest would have .* and none is read of more than 8,388,608"):
+        await manager.publish("a", made)
+    assert storage.writes == []
+    full = Index(models={"b": ModelEntry(versions={"1": VersionEntry(created="x" * (8 << 20), manifest_sha256="0")})})
+    fitting = full.encode().replace(b"x" * 300, b"", 1)
+    await storage.put("models/index.json", fitting)
+    with pytest.raises(PublishError, match="index.json would have .* and none is read of more than 8,388,608"):
+        await manager.publish("a", draft(linear(0)))
+
+    assert (await storage.get("models/index.json")).body == fitting
 
 
 # Several at once, on the real server

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from datetime import timedelta, timezone
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,12 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from app.errors import InvalidInput, RequestError, RequestTooLarge
-from app.signature import MAX_VIOLATIONS, Rows, Signature, TensorSpec
+from app.errors import InvalidInput, InvalidManifest, RequestError, RequestTooLarge
+from app.manifest import Manifest
+from app.names import ModelRef
+from app.signature import MAX_VIOLATIONS, Rows, Signature, TensorSpec, is_dtype
 
 
 def column(name: str, datatype: Any = "FP64", dtype: str = "float64", **more: Any) -> TensorSpec:
@@ -399,3 +404,43 @@ def test_the_work_grows_no_faster_than_the_rows(row):
         return number
 
     assert calls(2000) <= 10 * calls(200) + 1000
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("S1000000000", "U300000000", "V1000000000", "<U5", "period[1000000000Y]", "M8[ns]x", ""),
+        *("datetime64[ns, dateutil//etc/hostname]", "datetime64[ns, /etc/hostname]", "datetime64[ns, ../../hostname]"),
+        *("datetime64[ns, tzlocal()]", "timestamp[ns, tz=dateutil//etc/hostname][pyarrow]", "int64\n", "_" * 10**6),
+    ],
+)
+def test_a_dtype_that_tells_how_much_memory_to_take_or_a_file_to_read_is_none(dtype):
+    with pytest.raises(ValidationError, match="is no dtype that a column of a model can have"):
+        TensorSpec(name="a", datatype="BYTES", dtype=dtype)
+
+
+def test_the_dtypes_that_columns_have_are_known():
+    numbers = np.array([1, 2])
+    dtypes: list[Any] = [np.dtype(kind) for kind in np.sctypeDict.values() if np.dtype(kind).kind in "biufc"]
+    dtypes += [kind.newbyteorder(">") for kind in dtypes]
+    dtypes += [np.dtype(f"{kind}8[{unit}]") for kind in "mM" for unit in ("Y", "25s", "us", "ns", "as", "D", "generic")]
+    dtypes += [pd.Series(numbers).astype(kind).dtype for kind in ("Int64", "UInt8", "Float32", "category")] + [
+        pd.BooleanDtype()
+    ]
+    dtypes += [pd.Series(["a"]).astype(kind).dtype for kind in ("object", "str", "string", "string[python]")]
+    dtypes += [pd.CategoricalDtype([1]), pd.PeriodDtype("M"), pd.IntervalDtype("int64"), pd.SparseDtype("float64", 0.0)]
+    dtypes += [
+        pd.DatetimeTZDtype("ns", zone)
+        for zone in ("UTC", "Europe/Berlin", "America/Argentina/Ushuaia", "Etc/GMT+5", timezone(timedelta(hours=5.5)))
+    ]
+
+    assert [str(dtype) for dtype in dtypes if not is_dtype(str(dtype))] == []
+
+
+def test_a_manifest_with_such_a_dtype_is_refused():
+    spec = {"name": "a", "datatype": "BYTES", "dtype": "S1000000000"}
+    signature = {"layout": "frame", "inputs": [spec], "methods": ["predict"]}
+    body = {"format": 1, "name": "churn", "version": "1", "created": "", "artifacts": [], "signature": signature}
+
+    with pytest.raises(InvalidManifest, match=r"signature\.inputs\.0\.dtype: .* no dtype that a column of a model"):
+        Manifest.decode(json.dumps(body).encode(), ModelRef("churn", "1"))

@@ -168,6 +168,14 @@ async def a_huge_seal(storage: Any) -> None:
     await storage.put("models/fraud/1/manifest.seal", b"{" * 10_000_000)
 
 
+async def sealed_without_the_digests_of_its_chunks(storage: Any) -> None:
+    key = "models/fraud/1/manifest.json"
+    body = edited((await storage.get(key)).body, lambda manifest: manifest["artifacts"][0].pop("chunks"))
+    await storage.put(key, body)
+    await storage.put("models/fraud/1/manifest.seal", seal(body, OURS))
+    await repin(storage)
+
+
 async def an_altered_model(storage: Any) -> None:
     key = "models/fraud/1/model.joblib"
     body = bytearray((await storage.get(key)).body)
@@ -213,6 +221,7 @@ async def all_of_another_version(storage: Any) -> None:
         (no_seal_any_more, "has no seal"),
         (an_empty_seal, "its seal is not JSON"),
         (a_huge_seal, "its seal has 1025 bytes, expected at most 1024"),
+        (sealed_without_the_digests_of_its_chunks, "the manifest lists no chunks, so that its bytes would be read"),
         (an_altered_model, "sha256"),
         (another_model_of_the_same_size, "sha256"),
         (the_companion_of_another_version, "scaler is broken: .*sha256|has .* bytes, the manifest says"),

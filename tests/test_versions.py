@@ -15,7 +15,7 @@ import pytest
 import sklearn
 
 from app.errors import LoadFailed, VersionMismatch
-from app.versions import check, explain, present_versions
+from app.versions import check, differences, explain, present_versions
 
 FOREIGN = Path(__file__).parent / "data" / "foreign"
 HERE = {
@@ -36,6 +36,22 @@ def test_the_versions_here_are_those_that_the_libraries_give_themselves():
     assert found["numpy"] == np.__version__
     assert found["pandas"] == pd.__version__
     assert set(found) == set(HERE)
+
+
+def test_what_differs_here_is_told_of_python_and_the_known_libraries_only():
+    recorded = present_versions() | {"numpy": "1.0", "": "1", "boto3": "?", "pip": "1"}
+
+    assert differences(recorded) == {"numpy": {"trained_with": "1.0", "present": np.__version__}}
+
+
+def test_of_a_version_that_is_none_only_the_beginning_is_told():
+    endless = {"scikit-learn": "1.0" + "x" * 2_000_000, "scipy": "y" * 2_000_000}
+    with pytest.raises(VersionMismatch) as caught:
+        check(endless, "churn/7", present=HERE)
+    warned = check(endless, "churn/7", present=HERE, policy="warn")
+    blamed = explain(ValueError("Incompatible checksums (0x1 vs 0x2"), endless, present=HERE)
+
+    assert max(map(len, (str(caught.value), blamed, *warned))) < 500
 
 
 def test_the_same_versions_are_not_worth_a_word():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import os
+import pickle
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 
-from app import errors
+from app import errors, publishing
 from app.api import predict
 from app.api.errors import STATUS, ErrorBody, encode
 from app.api.health import NotReady
@@ -656,6 +659,42 @@ def test_a_request_id_that_is_none_is_replaced(service, identity):
 @pytest.fixture(scope="module")
 def document(service) -> dict[str, Any]:
     return service.client.get("/openapi.json").json()  # type: ignore[no-any-return]
+
+
+async def test_what_cannot_be_written_as_json_takes_no_other_model_from_the_status(tmp_path):
+    storage = LocalStorage(tmp_path)
+    manager = ModelStorageManager(storage)
+    fitted = LogisticRegression().fit(POINTS, ["no", "yes"] * 4)
+    for name in ("fine", "classes", "libraries"):
+        await manager.publish(name, publishing.draft({"model": publishing.part_from_object("model", fitted)}))
+    rewrite(tmp_path, "classes", lambda manifest: manifest["signature"].update(classes=[10**30, 1]))
+    rewrite(tmp_path, "libraries", lambda manifest: manifest["trained_with"].update({"": "1", "boto3": "?"}))
+    for name, label in (("surrogate", "\ud800"), ("large", 10**30)):
+        fitted.classes_ = np.array([label, 1], dtype=object)
+        (tmp_path / f"models/{name}.pkl").write_bytes(pickle.dumps(fitted))
+    Path(os.fsdecode(os.fsencode(tmp_path / "models") + b"/\xff.txt")).touch()
+    async with application(ML_CLOUD_ONLY=False, ML_LOCAL_DIR=tmp_path) as app, client(app) as http:
+        await http.post("/models/refresh")
+        response = await http.get("/models/status")
+    rows = {row["name"]: row for row in response.json()["models"]}
+
+    assert response.status_code == 200
+    assert (rows["fine"]["state"], rows["fine"]["version_differences"]) == ("READY", {})
+    assert rows["libraries"]["version_differences"] == {}
+    assert rows["classes"]["warnings"] == ["it cannot be described: Integer exceeds 64-bit range"]
+    assert "whole number beyond 64 bits" in rows["large"]["reason"]
+    assert "half a surrogate pair" in rows["surrogate"]["reason"]
+    assert response.json()["ignored"] == {"?.txt": "its ending is not one of .joblib, .pkl, .pickle, .skops"}
+
+
+def rewrite(folder: Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest, and let the index have its digest, as somebody who may write to the bucket can."""
+    path, index_path = folder / f"models/{name}/1/manifest.json", folder / "models/index.json"
+    manifest, index = json.loads(path.read_bytes()), json.loads(index_path.read_bytes())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    index["models"][name]["versions"]["1"]["manifest_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    index_path.write_text(json.dumps(index))
 
 
 def test_openapi_has_every_route_and_nothing_else(document):

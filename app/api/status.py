@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-from functools import cache
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
+from app import versions
 from app.api.errors import json_response, responses
 from app.auth import require_admin
 from app.errors import BucketUnreadable
@@ -41,14 +39,10 @@ def router(settings: Settings, manager: ModelStorageManager, registry: Registry,
                 "refresh_seconds": settings.refresh_seconds,
             },
             "models": [
-                *(
-                    _describe(slot, entry)
-                    for entry in registry.snapshot.entries.values()
-                    for slot in entry.slots.values()
-                ),
-                *(_describe(Slot(ref, State.UNLOADING), Entry()) for ref in refresher.unloading),
+                *(_row(slot, entry) for entry in registry.snapshot.entries.values() for slot in entry.slots.values()),
+                *(_row(Slot(ref, State.UNLOADING), Entry()) for ref in refresher.unloading),
             ],
-            "ignored": refresher.ignored,
+            "ignored": {_writable(name): _writable(why) for name, why in refresher.ignored.items()},
         }
         return json_response(200, orjson.dumps(body, default=str))
 
@@ -57,7 +51,8 @@ def router(settings: Settings, manager: ModelStorageManager, registry: Registry,
         outcome = await refresher.look_now()
         if outcome.error is not None:
             raise BucketUnreadable(outcome.error)
-        body = {"loaded": outcome.loaded, "failed": outcome.failed, "retired": outcome.retired}
+        failed = {ref: _writable(reason) for ref, reason in outcome.failed.items()}
+        body = {"loaded": outcome.loaded, "failed": failed, "retired": outcome.retired}
         return json_response(200, orjson.dumps(body))
 
     routes.add_api_route("/models/status", status, methods=["GET"], operation_id="models_status")
@@ -72,8 +67,22 @@ def router(settings: Settings, manager: ModelStorageManager, registry: Registry,
     return routes
 
 
-def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
-    body: dict[str, Any] = {
+def _row(slot: Slot, entry: Entry) -> orjson.Fragment:
+    """Return a version's row as JSON. One that has what JSON cannot carry must not take the others with it."""
+    try:
+        return orjson.Fragment(orjson.dumps(_describe(slot, entry), default=str))
+    except TypeError as error:
+        body = _outline(slot, entry) | {"warnings": [f"it cannot be described: {error}"]}
+        return orjson.Fragment(orjson.dumps(body | {"reason": _writable(slot.reason) if slot.reason else None}))
+
+
+def _writable(text: str) -> str:
+    """Return text that UTF-8 can carry: the name of a file in a directory may be any bytes."""
+    return text.encode(errors="replace").decode()
+
+
+def _outline(slot: Slot, entry: Entry) -> dict[str, Any]:
+    return {
         "name": slot.ref.name,
         "version": slot.ref.version,
         "aliases": [alias for alias, label in entry.serving.items() if label == slot.ref.version],
@@ -81,6 +90,10 @@ def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
         "reason": slot.reason,
         "bare": slot.bare,
     }
+
+
+def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
+    body = _outline(slot, entry)
     if slot.runner is None:
         return body
     model, counters = slot.runner.model, slot.runner.counters
@@ -107,7 +120,7 @@ def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
         "methods": model.signature.methods,
         "signature": model.signature.model_dump(mode="json", exclude_none=True),
         "trained_with": report.trained_with,
-        "version_differences": differences(report.trained_with),
+        "version_differences": versions.differences(report.trained_with),
         "warnings": report.warnings,
         "requests": counters.requests,
         "rows": counters.rows,
@@ -115,23 +128,3 @@ def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
         "batches": counters.batches,
         "latency_milliseconds": counters.quantiles(),
     }
-
-
-def differences(trained_with: dict[str, str]) -> dict[str, dict[str, str | None]]:
-    """Return the libraries whose version here is not the one that the model was trained with."""
-    present = {library: _present(library) for library in trained_with}
-    return {
-        library: {"trained_with": version, "present": present[library]}
-        for library, version in trained_with.items()
-        if present[library] != version
-    }
-
-
-@cache
-def _present(library: str) -> str | None:
-    if library == "python":
-        return platform.python_version()
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None

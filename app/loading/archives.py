@@ -20,7 +20,7 @@ from typing import IO, Any, override
 import numpy as np
 from numpy.lib import format as npy
 
-from app.errors import LoadFailed, UntrustedType
+from app.errors import LoadFailed, TooLarge, UntrustedType
 from app.loading import allowlist, soundness
 from app.loading.pickles import MAX_ODD_KEYS, MAX_UNTRUSTED, refusal
 from app.loading.reconstruction import FINISH, MAX_RANGE, check_sizes
@@ -29,6 +29,7 @@ from app.loading.source import default_limit
 BYTES_PER_ENTRY = 1024  # what zipfile makes of an entry of its directory
 BYTES_PER_ITEM = 96  # what json and skops make of a bracket or comma, at the least
 MAX_DIGITS = 25  # of a float, its point, sign and exponent among them
+HEADER_BYTES = 2**16  # of an array; numpy reads none of more than 10,000
 END_OF_DIRECTORY = b"PK\x05\x06"
 
 
@@ -89,7 +90,7 @@ def _tree_nodes(root: Any, kind: str) -> Iterator[Any]:
             rest.extend(inner.values() if isinstance(inner, dict) else inner)
 
 
-def _check_directory(stream: io.BufferedReader, size: int, max_bytes: int) -> None:
+def _check_directory(stream: IO[bytes], size: int, max_bytes: int) -> None:
     """Refuse a directory that zipfile would fill the memory with: it reads it whole, before it can be asked anything."""
     stream.seek(max(0, size - 65_557))  # the record of 22 bytes, and the longest comment behind it
     tail = stream.read()
@@ -130,7 +131,8 @@ class _Archive(zipfile.ZipFile):
                 part.seek(0)
                 self.arrays.append(npy.read_array(part, allow_pickle=False))
             return str(len(self.arrays) - 1).encode("ascii")
-        body = super().read(info)
+        with self.open(info) as part:
+            body = part.read(info.file_size)  # asked for everything, it would unpack what comes after that as well
         if name == "schema.json":
             self._take(BYTES_PER_ITEM * sum(body.count(mark) for mark in (b"[", b"{", b",")), name)
         elif name.endswith(".npz"):
@@ -142,9 +144,10 @@ class _Archive(zipfile.ZipFile):
     def _take(self, count: int, name: str) -> None:
         self._left -= count
         if self._left < 0:
-            raise LoadFailed(f"becomes larger than it may with its {name!r:.100}, of {count:,} bytes")
+            raise TooLarge(f"becomes larger than it may with its {name!r:.100}, of {count:,} bytes")
 
     def _check_matrix(self, body: bytes, name: str) -> None:
+        _check_directory(io.BytesIO(body), len(body), self._left)
         with zipfile.ZipFile(io.BytesIO(body)) as inner:
             for info in inner.infolist():
                 if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or not info.filename.endswith(
@@ -158,10 +161,11 @@ class _Archive(zipfile.ZipFile):
 
 
 def _check_array(body: IO[bytes], size: int, name: str) -> None:
-    """Refuse a header that promises another array than there is."""
-    version = npy.read_magic(body)
-    shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(body)
-    left = size - body.tell()
+    """Refuse a header that promises another array than there is, or that is itself longer than any is."""
+    head = io.BytesIO(body.read(min(size, HEADER_BYTES)))
+    version = npy.read_magic(head)
+    shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(head)
+    left = size - head.tell()
     count = math.prod(shape)
     if dtype.hasobject or (count and not dtype.itemsize) or count * dtype.itemsize != left:
         raise LoadFailed(f"has {name!r:.100} with {left:,} bytes for {count:,} times {dtype.itemsize}")

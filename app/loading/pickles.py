@@ -436,6 +436,9 @@ class Reader(_inherited):  # type: ignore[misc]  # its type is not known
         if waiting is not None:
             self.stack[-1] = waiting.finish(self, target, state)
         elif id(target) in self._guests and not self._untrusted:
+            if not hasattr(target, "__setstate__"):
+                for names in state if type(state) is tuple else (state,):
+                    soundness.check_names(type(target), names if isinstance(names, dict) else ())
             self.append(state)
             _inherited.load_build(self)
         elif not isinstance(target, Inert) and id(target) not in self._guests:

@@ -26,7 +26,7 @@ MAX_TOLD = 200  # characters of another's message, or of what is in the file
 
 _PLAIN = (
     *(str, bytes, bytearray, bool, int, float, complex, type(None), slice, range, type, np.generic, np.dtype, np.ufunc),
-    *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
+    *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type(np.median), functools._lru_cache_wrapper),
 )
 
 _MOST = frozenset((str, int, float, bool, type(None), np.float64, np.int64))  # of what is plain: found faster
@@ -34,9 +34,21 @@ _MOST = frozenset((str, int, float, bool, type(None), np.float64, np.int64))  # 
 
 def check_attributes(kind: type, names: Iterable[str]) -> None:
     """Refuse attributes that would stand before what their class does: its methods, and the constants that they go by."""
+    names = list(names)
+    check_names(kind, names)
     hidden = _own_names(kind) & set(names)
     if hidden:
         raise LoadFailed(f"has a {kind.__name__} with a {min(hidden)} of its own")
+
+
+def check_names(kind: type, names: Iterable[Any]) -> None:
+    """Refuse names that Python and numpy look for: `__array_interface__` would be an array of whatever memory it says."""
+    for name in names:
+        if isinstance(name, str) and name.startswith("__") and name not in _TEXTS:
+            raise LoadFailed(f"has a {kind.__name__} with a {name[:MAX_TOLD]} of its own")
+
+
+_TEXTS = ("__doc__", "__name__")  # which what distributions of scipy consist of has
 
 
 @functools.cache
@@ -145,7 +157,12 @@ def _add(measured: list[int], size: tuple[int, int]) -> None:
 
 def _children(item: Any) -> list[Any]:
     """Return what is in an object, but for numbers, texts and the like."""
+    own = vars(item) if hasattr(item, "__dict__") else {}
+    check_names(type(item), own)
+    _calm(own)
     if isinstance(item, dict):
+        if type(item).__module__ not in ("builtins", "collections"):
+            check_names(type(item), item)  # whose keys may be its attributes
         _demand(isinstance(item.get("out"), _PLAIN), "a function would write its result into a part of the model")
         parts: Iterable[Any] = item.values()
     elif isinstance(item, (list, tuple, set, frozenset)):
@@ -156,8 +173,8 @@ def _children(item: Any) -> list[Any]:
         parts = (item.func, item.args, item.keywords)
     else:
         parts = ()
-    if hasattr(item, "__dict__"):
-        parts = itertools.chain(parts, vars(item).values())
+    if own:
+        parts = itertools.chain(parts, own.values())
     found = []
     for part in parts:
         if type(part) is types.FunctionType and part.__module__ == "sklearn.cluster._kmeans":
@@ -170,6 +187,31 @@ def _children(item: Any) -> list[Any]:
         elif type(part) not in _MOST and not isinstance(part, _PLAIN):
             found.append(part)
     return found
+
+
+def _calm(own: dict[str, Any]) -> None:
+    """Let what has these attributes, and the functions that it calls with keywords, start no threads nor processes."""
+    for attribute in _KEYWORDS & own.keys():
+        _calm_keywords(own[attribute])
+    _work_alone(own)
+
+
+def _work_alone(own: dict[str, Any]) -> None:
+    if own.get("n_jobs") is not None:
+        own["n_jobs"] = 1
+
+
+_KEYWORDS = {
+    *("effective_metric_params_", "inv_kw_args", "kernel_params", "kw_args", "metric_params", "pairwise_kernels_kwargs")
+}
+
+
+def _calm_keywords(keywords: Any) -> None:
+    """Refuse what tells a function of numpy where to write."""
+    if isinstance(keywords, dict):
+        _demand("out" not in keywords, "a function would write its result into a part of the model")
+        _demand("where" not in keywords, "a function would leave parts of its result as the memory was before")
+        _work_alone(keywords)
 
 
 # What is looked at, by the class that it is of
@@ -229,6 +271,7 @@ def _selection(estimator: Any) -> None:
 
 def _partial(function: Any) -> None:
     """Refuse arrays before the arguments that are to come: a function of numpy would write into one, if told to."""
+    _calm_keywords(function.keywords)
     _demand(
         all(isinstance(part, _PLAIN) for part in function.args), "a partial function begins with other than numbers"
     )
@@ -289,9 +332,32 @@ def _gradient_boosting(boosting: Any) -> None:
     for tree in trees.ravel().tolist():
         sound = _is_tree_of(tree, width) and tree.tree_.n_outputs == tree.tree_.max_n_classes == 1
         _demand(sound, "a boosting has trees for other features than it takes, or of other outputs")
-    with np.errstate(all="ignore"):
-        first = boosting._raw_predict_init(np.zeros((1, _whole(width)), np.float32))
-    _demand(first.shape == (1, trees.shape[1]), f"a boosting begins with {first.shape[1]} outputs, of {trees.shape[1]}")
+    first = own.get("init_")
+    if type(first) is str and first == "zero":
+        outputs = _whole(own.get("n_trees_per_iteration_"))
+        _demand(outputs == trees.shape[1], f"a boosting begins with {outputs} outputs, of {trees.shape[1]}")
+    _count_beginnings()
+
+
+def _count_beginnings() -> None:
+    """Have what a boosting begins with counted, whoever computes it: its trees add to as many numbers as they have rows.
+
+    It cannot be tried here, where nothing has been looked at that it may consist of; nor would one answer tell of another.
+    """
+    from sklearn.ensemble._gb import BaseGradientBoosting
+
+    original = BaseGradientBoosting._raw_predict_init
+    if hasattr(original, "counted"):
+        return
+
+    def counted(boosting: Any, rows: Any) -> Any:
+        first, wanted = original(boosting, rows), (rows.shape[0], boosting.estimators_.shape[1])
+        if np.shape(first) != wanted:
+            raise ValueError(f"a {type(boosting).__name__} begins with {np.shape(first)} numbers, of {wanted}")
+        return first
+
+    counted.counted = True  # type: ignore[attr-defined]  # a function can have attributes
+    BaseGradientBoosting._raw_predict_init = counted
 
 
 def _predictor(predictor: Any) -> None:
@@ -448,6 +514,8 @@ def _support_vectors(machine: Any) -> None:
             f"a {name} has odd support vectors",
         )
     if sparse:
+        rows = all(type(part).__name__ in ("csr_matrix", "csr_array") for part in (vectors, weights))
+        _demand(rows, f"a {name} has support vectors that are not in rows")
         _demand(weights.nnz == weights.shape[0] * weights.shape[1], f"a {name} lacks weights")
     if type(machine)._impl in ("c_svc", "nu_svc"):
         _demand(
@@ -498,6 +566,12 @@ def _vectorizer(vectorizer: Any) -> None:
             f"has a {type(vectorizer).__name__}(input={given}), which would read the files that a request names: "
             "fit it on texts, with input='content'"
         )
+
+
+def _hasher(hasher: Any) -> None:
+    """Words go to the column that is the rest of a division by their number."""
+    columns = _whole(vars(hasher).get("n_features"))
+    _demand(1 <= columns < 2**31, f"a {type(hasher).__name__} has {columns:,} columns")
 
 
 def _vocabulary(vectorizer: Any) -> None:
@@ -579,7 +653,9 @@ _LOOKS: Mapping[str, Callable[[Any], None]] = {
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor": _predictor,
     "sklearn.ensemble._iforest.IsolationForest": _isolation_forest,
     "sklearn.feature_extraction._dict_vectorizer.DictVectorizer": _vocabulary,
+    "sklearn.feature_extraction._hash.FeatureHasher": _hasher,
     "sklearn.feature_extraction.text.CountVectorizer": _vocabulary,
+    "sklearn.feature_extraction.text.HashingVectorizer": _hasher,
     "sklearn.feature_extraction.text._VectorizerMixin": _vectorizer,
     "sklearn.feature_selection._from_model.SelectFromModel": _selection,
     "sklearn.metrics._dist_metrics.MahalanobisDistance64": _metric,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, override
 
 from app import memory
-from app.errors import LoadFailed
+from app.errors import LoadFailed, TooLarge
 
 MAX_GROWTH = 8  # a model takes up to so many times the size of its file ...
 MIN_GROWTH_BYTES = 256 * 1024 * 1024  # ... or this, where its file is small and its libraries are imported with it
@@ -34,7 +34,7 @@ class Budget:
     def check(self) -> None:
         """Refuse to go on when more is taken than may be."""
         if memory.resident_bytes() - self._before > self._max_bytes:
-            raise LoadFailed(f"takes more memory than the {self._max_bytes:,} bytes that it may")
+            raise TooLarge(f"takes more memory than the {self._max_bytes:,} bytes that it may")
 
 
 class Source:
@@ -67,8 +67,8 @@ class Source:
             pass
 
 
-def _grown(max_bytes: int) -> LoadFailed:
-    return LoadFailed(f"is compressed and becomes more than the {max_bytes:,} bytes that it may take here")
+def _grown(max_bytes: int) -> TooLarge:
+    return TooLarge(f"is compressed and becomes more than the {max_bytes:,} bytes that it may take here")
 
 
 class _Decompressor(Protocol):

@@ -24,24 +24,28 @@ import joblib
 import numpy as np
 import skops.io
 from numpy.lib import format as npy
+from scipy import sparse
 from sklearn.cluster import Birch, BisectingKMeans, KMeans
 from sklearn.ensemble import (
     GradientBoostingClassifier,
     GradientBoostingRegressor,
     HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
     IsolationForest,
     RandomForestClassifier,
 )
-from sklearn.feature_extraction import DictVectorizer
+from sklearn.feature_extraction import DictVectorizer, FeatureHasher
 from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer
 from sklearn.feature_selection import SelectFromModel
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.model_selection import KFold
 from sklearn.neighbors import KernelDensity, KNeighborsClassifier, RadiusNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, SplineTransformer
 from sklearn.svm import SVC, SVR
-from sklearn.tree import DecisionTreeClassifier
+from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
+from sklearn.utils import Bunch
 
 from app.loading.archives import _nodes
 
@@ -87,6 +91,7 @@ def case(name: str, says: str, format: str = "pickle") -> Callable[[Callable[[Ca
 HEAD, STOP = b"\x80\x04", b"."
 TEN_GB = 10**10
 BOMB_BYTES = 3 * 2**24  # what files of a few KB become; they are read with less allowed than that
+LARGE_BOMB_BYTES = 2**27  # to be seen where nothing is said of it
 
 
 def text(value: str) -> bytes:
@@ -1374,7 +1379,82 @@ def _() -> Any:
     return model
 
 
+@spoilt("a boosting that begins with a tree whose root has children elsewhere", "whose children are elsewhere")
+def _() -> Any:
+    model = GradientBoostingRegressor(n_estimators=2, init=DecisionTreeRegressor(max_depth=3))
+    model.fit(POINTS, POINTS[:, 0])
+    with_nodes(model.init_, put("left_child", 2**40))
+    model.init = None
+    return model
+
+
+@spoilt("a boosting that begins with histograms whose root has children elsewhere", "whose children are elsewhere")
+def _() -> Any:
+    model = GradientBoostingRegressor(n_estimators=1, init=HistGradientBoostingRegressor(max_iter=2))
+    model.fit(POINTS, POINTS[:, 0])
+    model.init_._predictors[0][0].nodes["left"][0] = 2**31
+    return model
+
+
+for kind in (FeatureHasher, HashingVectorizer):
+    for count in (0, -1, 2**31):
+
+        @spoilt(f"a {kind.__name__} of {count} columns", rf"a {kind.__name__} has -?[\d,]+ columns")
+        def _(kind: Any = kind, count: int = count) -> Any:
+            model = kind()
+            model.n_features = count
+            return model
+
+
+@spoilt("support vectors of a sparse machine in columns", "has support vectors that are not in rows")
+def _() -> Any:
+    model = SVC().fit(sparse.csr_matrix(POINTS), CLASSES)
+    model.support_vectors_ = sparse.csc_matrix(model.support_vectors_)
+    return model
+
+
+# What says of itself where its memory is
+
+ELSEWHERE = {"version": 3, "shape": (1,), "typestr": "<f8", "data": (0x4141414141, True)}
+
+
+@spoilt("a part that numpy would take for an array", "has a KFold with a __array_interface__ of its own")
+def _() -> Any:
+    model = LinearRegression().fit(POINTS, POINTS[:, 0])
+    model.intercept_ = KFold()
+    vars(model.intercept_)["__array_interface__"] = ELSEWHERE
+    return model
+
+
+@spoilt("a bunch that numpy would take for an array", "has a Bunch with a __array_interface__ of its own")
+def _() -> Any:
+    model = LinearRegression().fit(POINTS, POINTS[:, 0])
+    model.intercept_ = Bunch(__array_interface__=ELSEWHERE)
+    return model
+
+
+for name in ("__array__", "__array_struct__", "__getattr__", "__sklearn_is_fitted__"):
+
+    @spoilt(f"a {name} of its own", f"has a LinearRegression with a {name} of its own")
+    def _(name: str = name) -> Any:
+        model = LinearRegression().fit(POINTS, POINTS[:, 0])
+        vars(model)[name] = np.sum
+        return model
+
+
 # What would write into the model that it is in, or call what is not for it
+
+
+for keywords in ("kw_args", "inv_kw_args"):
+
+    @spoilt(f"a function that does not write its result, by its {keywords}", "would leave parts of its result")
+    def _(keywords: str = keywords) -> Any:
+        return FunctionTransformer(np.exp, **{keywords: {"where": False}}).fit(POINTS)
+
+
+@spoilt("a partial function that does not write its result", "would leave parts of its result", "joblib", "pickle")
+def _() -> Any:
+    return FunctionTransformer(functools.partial(np.exp, where=0)).fit(POINTS)
 
 
 @spoilt("a function that writes its result into a model", "a function would write its result into a part of the model")
@@ -1621,6 +1701,31 @@ def _(canary: Canary) -> bytes:
     return schema_of(held, {"a.npz": inner.getvalue()})
 
 
+def understated(archive: bytes, name: str, size: int) -> bytes:
+    """Return the archive with another size for what a file of it becomes, in its directory."""
+    place = archive.rindex(name.encode()) - 46  # of the entry, whose name comes last
+    assert archive[place : place + 4] == b"PK\x01\x02"
+    return archive[: place + 24] + struct.pack("<L", size) + archive[place + 28 :]
+
+
+@case("skops: a zip bomb that is said to be small", "Bad CRC-32", "skops")
+def _(canary: Canary) -> bytes:
+    held = node("BytesNode", "builtins.bytes", file="a.bin")
+    return understated(schema_of(held, {"a.bin": bytes(LARGE_BOMB_BYTES)}, zipfile.ZIP_DEFLATED), "a.bin", 100)
+
+
+@case("skops: a zip bomb for the header of an array", "EOF: reading array header|Bad CRC-32", "skops")
+def _(canary: Canary) -> bytes:
+    body = b"\x93NUMPY\x02\x00" + struct.pack("<L", 2**32 - 16) + bytes(LARGE_BOMB_BYTES)
+    return understated(schema_of(array_node("a.npy"), {"a.npy": body}, zipfile.ZIP_DEFLATED), "a.npy", 10_000_000)
+
+
+@case("skops: a sparse matrix with a directory of half a million entries", "has a directory of", "skops")
+def _(canary: Canary) -> bytes:
+    held = node("SparseMatrixNode", "scipy.sparse._csr.csr_matrix", type="scipy", file="a.npz")
+    return schema_of(held, {"a.npz": crowded(500_000)}, zipfile.ZIP_DEFLATED)
+
+
 @case("skops: packed by bz2, which has no limit", "compressed in a way that cannot be stopped", "skops")
 def _(canary: Canary) -> bytes:
     return schema_of(text_node("x"), method=zipfile.ZIP_BZIP2)
@@ -1645,8 +1750,13 @@ def _(canary: Canary) -> bytes:
 
 @case("skops: a directory of a million entries that are not there", "has a directory of|is no zip archive", "skops")
 def _(canary: Canary) -> bytes:
+    return crowded(1_000_000)
+
+
+def crowded(count: int) -> bytes:
+    """Return an archive of nothing but a directory."""
     entry = struct.pack("<4s4B4HL2L5H2L", b"PK\x01\x02", 20, 3, 20, 0, 0, 0, 0, 33, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
-    directory = entry * 1_000_000
+    directory = entry * count
     return directory + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, len(directory), 0, 0)
 
 

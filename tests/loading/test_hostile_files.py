@@ -18,13 +18,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import make_column_transformer
+from sklearn.ensemble import GradientBoostingRegressor
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import PairwiseKernel
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.preprocessing import MultiLabelBinarizer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from app import loaders
-from app.errors import UntrustedType
+from app.errors import LoadFailed, UntrustedType
 from tests.loading.hostile import CORPUS, Canary
 from tests.service import ROOT, clean_environment
 
@@ -174,6 +181,42 @@ def test_parts_that_answer_more_than_they_are_asked_are_counted():
 
     with pytest.raises(ValueError, match=r"a LogisticRegression gives \(180,\) answers for 60 rows"):
         read.predict(rows)
+
+
+def test_what_a_boosting_begins_with_is_counted():
+    """Its trees add to as many numbers as they have rows and classes, without a look whether these are there."""
+    rows = np.random.default_rng(0).normal(size=(60, 4))
+    model = GradientBoostingRegressor(n_estimators=2, init=LinearRegression()).fit(rows, rows[:, 0])
+    model.init_ = LinearRegression().fit(rows, rows[:, :2])
+    read = loaders.load("pickle", io.BytesIO(pickle.dumps(model)), "a file").value
+
+    with pytest.raises(ValueError, match=r"a GradientBoostingRegressor begins with \(60, 2\) numbers, of \(60, 1\)"):
+        read.predict(rows)
+
+
+def test_what_is_read_works_alone_wherever_it_is():
+    rows = np.random.default_rng(0).normal(size=(60, 4))
+    inner = make_pipeline(make_column_transformer((StandardScaler(), [0, 1])), LogisticRegression())
+    calibrated = CalibratedClassifierCV(inner, cv=2).fit(rows, rows[:, 0] > 0)
+    calibrated.calibrated_classifiers_[1].estimator[0].n_jobs = 3
+    process = GaussianProcessRegressor(PairwiseKernel(metric="rbf"), optimizer=None).fit(rows, rows[:, 0])
+    process.kernel_.pairwise_kernels_kwargs = {"n_jobs": 200}
+    words = CountVectorizer().fit(["a b", "kw_args where out n_jobs"])
+    read = loaders.load("pickle", io.BytesIO(pickle.dumps([calibrated, process, words])), "a file").value
+
+    assert read[0].calibrated_classifiers_[1].estimator[0].n_jobs == 1
+    assert read[1].kernel_.pairwise_kernels_kwargs == {"n_jobs": 1}
+    assert read[2].vocabulary_ == words.vocabulary_
+
+
+def test_an_object_of_a_trusted_class_stays_one(tmp_path, monkeypatch):
+    (tmp_path / "dances.py").write_text("class Dance: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    made, kind = b"\x80\x04\x8c\x06dances\x8c\x05Dance\x93)\x81", b"\x8c\x05numpy\x8c\x07float64\x93"
+
+    for state in (b"}\x8c\x09__class__" + kind + b"s", b"N}\x8c\x09__class__" + kind + b"s\x86"):
+        with pytest.raises(LoadFailed, match="has a Dance with a __class__ of its own"):
+            loaders.load("pickle", io.BytesIO(made + state + b"b."), "a file", trusted=frozenset({"dances.Dance"}))
 
 
 def test_places_in_a_matrix_that_can_be_counted_again_are():
