@@ -23,7 +23,7 @@ METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function",
 BY_CLASS = ("predict_proba", "predict_log_proba", "decision_function")
 TARGET_ENCODERS = ("LabelEncoder", "LabelBinarizer", "MultiLabelBinarizer")
 
-MAX_COLUMNS = 100_000  # each is described in the signature, and in a small file a number says how many there are
+MAX_COLUMNS = 30_000  # each is described in the signature, in 1.5 KB; a small file can say that there are so many
 
 # Where an estimator that hands its input on as it comes keeps the fitted ones that it hands it to.
 DELEGATES = {

@@ -17,7 +17,7 @@ from app.signature import Signature
 
 FORMAT = 1
 CHUNK_BYTES = 4 * 1024 * 1024
-MIN_CHUNK_BYTES = 64 * 1024
+MIN_CHUNK_BYTES = 4096
 MAX_MANIFEST_BYTES = 8 << 20  # golden rows of 512 KiB, a hundred thousand columns, the digests of 400 GB
 
 _Word = Annotated[str, Field(max_length=100)]  # what comes back in messages

@@ -221,7 +221,7 @@ class FaultyProxy:
 
     @contextlib.contextmanager
     def recording(self, containing: str) -> Iterator[list[Answer]]:
-        """Collect what the server answers with 200 to reads of targets with this in them, for `replay`."""
+        """Collect the answers with a body to reads of targets with this in them, for `replay`."""
         answers: list[Answer] = []
         self._recorded = (containing, answers)
         try:
@@ -231,7 +231,7 @@ class FaultyProxy:
 
     def _record(self, method: str, target: str, answer: Answer) -> None:
         recorded = self._recorded
-        if recorded is not None and recorded[0] in target and (method, answer.status) == ("GET", 200):
+        if recorded is not None and recorded[0] in target and method == "GET" and answer.status in (200, 206):
             recorded[1].append(answer)
 
     def _fault(self, method: str, target: str, span: str) -> Fault:

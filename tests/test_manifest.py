@@ -81,7 +81,7 @@ def test_fields_of_a_later_release_are_no_obstacle():
         (changed(artifacts=[artifact(chunk_bytes=0)]), "manifest.json is not a manifest: artifacts.0.chunk_bytes"),
         (
             changed(artifacts=[artifact(chunk_bytes=1024)]),
-            "chunk_bytes: Input should be greater than or equal to 65536",
+            "chunk_bytes: Input should be greater than or equal to 4096",
         ),
         (
             changed(artifacts=[artifact(chunk_bytes=1 << 40)]),

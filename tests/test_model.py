@@ -472,7 +472,7 @@ def test_more_columns_than_can_be_described_are_refused():
     model = LinearRegression().fit(X, X[:, 0])
     model.n_features_in_ = inspection.MAX_COLUMNS + 1
 
-    with pytest.raises(UnusableModel, match="takes 100,001 columns, and at most 100,000 can be served"):
+    with pytest.raises(UnusableModel, match="takes 30,001 columns, and at most 30,000 can be served"):
         inspection.infer([], model)
 
 

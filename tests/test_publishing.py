@@ -151,7 +151,7 @@ def test_the_categories_of_training_are_kept():
         ("ridge", [[1, 2, 3, 4], [1]], "the examples are rows of different lengths"),
         ("ridge", np.array([["a"] * 4]), "the model cannot answer predict for the examples"),
         ("ridge", [[1, 2, 3, 1 + 2j]], "a value of type complex cannot be written as JSON"),
-        ("ridge", [[1, 2, 3, "\ud800"]], "the examples cannot be written as JSON"),
+        ("ridge", [[1, 2, 3, "\ud800"]], "half a surrogate pair"),
         ("texts", pd.DataFrame({"a": TEXTS, "b": TEXTS}), "have 2 columns of strings, expected one"),
         ("texts", [1, 2], r"instances\[0\]: expected a string, got 1"),
         (
