@@ -272,7 +272,7 @@ class Refresher:
                 try:
                     checked = await self._loader.run(load_checked, bundle, before_check=limit_native_threads)
                 except NoRoom:  # it takes more than was expected: more than there was
-                    self._least[ref] = _Least(wanted.content, room.free_bytes + memory.MB if room else 0)
+                    self._least[ref] = _Least(wanted.content, room.free_bytes + memory.LOOK_EVERY_BYTES if room else 0)
                     raise
         except (BundleError, StorageError) as error:
             failure: DisklessError = error

@@ -870,7 +870,7 @@ async def test_a_process_boots_when_what_hung_answers_and_goes_on_when_an_artifa
                 lambda status: {row["version"]: row["state"] for row in status["models"]} == states,
                 "told of the cut",
             )
-            assert "the connection was closed" in process.model("a")["reason"]
+            assert re.search("the connection was closed|no answer in time", process.model("a")["reason"])
             assert set(seen) <= {1}
             proxy.heal()
             await asyncio.to_thread(process.wait_for, lambda _: seen[2], "serving the new version")

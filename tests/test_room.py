@@ -292,8 +292,8 @@ async def test_what_takes_more_than_its_publisher_said_is_stopped_and_then_takes
 
         assert re.search("takes more memory|may take here", first.failed["a/2"])
         assert answer(served) == 1
-        await served.refresher.look_now()
-        assert answer(served) == 2
+        while answer(served) != 2:  # what is free comes and goes by a few MB
+            await served.refresher.look_now()
 
 
 async def test_nothing_is_dropped_for_what_would_not_fit_even_then(manager):
