@@ -150,7 +150,7 @@ class ObjectReader(io.RawIOBase):
             if self._whole is not None:
                 try:
                     self._whole.add(body)
-                except (CancelledError, RuntimeError) as error:  # its thread has been let go
+                except RuntimeError as error:  # its thread has been let go
                     raise StorageUnavailable(f"{self._label}: closed while it was read") from error
             self._read_chunks += 1
         return body
@@ -214,8 +214,8 @@ class _Whole:
         return self._sha256.hexdigest(), self._md5.hexdigest() if self._md5 is not None else None
 
     def close(self) -> None:
-        """Let the thread go."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Let the thread go, when it has digested what was added."""
+        self._thread.shutdown(wait=False)
 
     def _update(self, body: bytes) -> None:
         self._sha256.update(body)
