@@ -168,7 +168,7 @@ class Index(BaseModel):
             raise UnknownVersion(f"there is no published model {name!r}; {_there(self.models)}")
         if version is not None and version not in model.versions:
             removal = model.unpublished.get(version)
-            gone = f": it was unpublished {_signed(removal.at, removal.by)}" if removal else ""
+            gone = f": it was unpublished {signed(removal.at, removal.by)}" if removal else ""
             raise UnknownVersion(f"{name} has no version {version!r}{gone}; {_there(model.versions)}")
         return model
 
@@ -179,7 +179,7 @@ class Index(BaseModel):
             raise VersionExists(f"{name}/{version} exists already: versions never change, choose another label")
         if removal := model.unpublished.get(version):
             raise VersionExists(
-                f"{name}/{version} was unpublished {_signed(removal.at, removal.by)}: "
+                f"{name}/{version} was unpublished {signed(removal.at, removal.by)}: "
                 "labels are not used again, choose another one"
             )
 
@@ -285,5 +285,6 @@ def _there(labels: Iterable[str]) -> str:
     return f"there is {', '.join(listed[:MAX_LISTED]) or 'nothing'}{more}"
 
 
-def _signed(at: str, by: str) -> str:
+def signed(at: str, by: str) -> str:
+    """Say by whom and when, of which an index may claim anything."""
     return f"by {by or 'unknown':.100} at {at:.40}"

@@ -21,8 +21,8 @@ def measure(
 ) -> Taken | None:
     """Load artifacts, each a format and its bytes, in a process of its own; return what that took beyond the libraries.
 
-    They are loaded twice, the first time to import what they need; `trusted` is as for `loaders.load`. The bytes go through a pipe: nothing is written to
-    disk. None when it cannot be told: the process failed, was killed, or took too long.
+    They are loaded twice, the first time to import what they need; `trusted` is as for `loaders.load`. The bytes go through
+    a pipe: nothing is written to disk. None when it cannot be told: the process failed, was killed, or took too long.
     """
     header = {
         "path": sys.path,

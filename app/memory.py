@@ -307,7 +307,6 @@ class Estimate:
     kind: str
     expected: Taken
     libraries: bool
-    corrected: bool = False
 
 
 class Estimator:
@@ -335,8 +334,7 @@ class Estimator:
         extra = LIBRARIES_BYTES if libraries else 0
         after = int(expected.resident_bytes * resident) + extra
         highest = max(int(expected.peak_bytes * peak) + extra, after) + OVERHEAD_BYTES
-        corrected = (resident, peak) != (1.0, 1.0)
-        return Estimate(after, highest, kind, expected, libraries, corrected)
+        return Estimate(after, highest, kind, expected, libraries)
 
     def learn(self, estimate: Estimate, taken: Taken) -> None:
         """Take note of what a load really took. One that imported the libraries too, or was small, teaches nothing."""

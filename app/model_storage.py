@@ -44,7 +44,7 @@ from app.errors import (
     UnusableModel,
     VersionExists,
 )
-from app.index import MAX_INDEX_BYTES, Index, ModelEntry, Move, Removal, VersionEntry
+from app.index import MAX_INDEX_BYTES, Index, ModelEntry, Move, Removal, VersionEntry, signed
 from app.loaders import LOADERS, reason
 from app.manifest import MAX_MANIFEST_BYTES, Artifact, Manifest
 from app.memory import HEAD_BYTES, MEASURED_FROM_BYTES
@@ -443,8 +443,8 @@ class ModelStorageManager:
     async def wanted(self, name: str, version: str | None = None, alias: str = PRODUCTION) -> Wanted:
         """Return one version by name, and label or alias. Raises `UnusableModel` when there is no such version."""
         catalogue = await self.catalogue()
-        entry = catalogue.index.models.get(name)
-        if entry is not None and entry.versions:
+        entry = catalogue.index.published.get(name)
+        if entry is not None:
             label = version or entry.aliases.get(alias)
             if label is None or label not in entry.versions:
                 asked = f"version {version!r}" if version else f"alias {alias!r}"
@@ -477,7 +477,7 @@ class ModelStorageManager:
         ref, entry = await self._write_version(name, draft, version, seal_key)
 
         def add(index: Index) -> Index:
-            first = name not in index.models or not index.models[name].versions
+            first = name not in index.published
             changed = index.with_version(name, ref.version, entry)
             if first or promote:
                 changed = changed.with_alias(name, PRODUCTION, ref.version, at=_now(), by=_who())
@@ -807,11 +807,8 @@ def _check_unmoved(name: str, alias: str, before: ModelEntry, now: ModelEntry) -
     if (before.aliases.get(alias), before.history.get(alias)) == (now.aliases.get(alias), now.history.get(alias)):
         return
     moves = now.history.get(alias, ())
-    who = (
-        f" by {moves[-1].by or 'unknown':.100} at {moves[-1].at:.40}"
-        if moves and moves != before.history.get(alias)
-        else ""
-    )
+    told = moves and moves != before.history.get(alias)
+    who = f" {signed(moves[-1].at, moves[-1].by)}" if told else ""
     raise PublishConflict(
         f"{name}: {alias} was moved meanwhile, from {before.aliases.get(alias) or 'nothing'} "
         f"to {now.aliases.get(alias) or 'nothing'}{who}: nothing was changed; look at it, and repeat what is still wanted"

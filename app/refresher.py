@@ -267,8 +267,7 @@ class Refresher:
                 found = time.perf_counter()
                 await self._finish_retiring()  # what is on its way out needs no room any more
                 estimate = self._estimator.estimate(bundle.stored, bundle.manifest.memory if bundle.manifest else None)
-                await self._make_room(wanted, estimate, catalogue, may_drop=may_drop)
-                room = memory.room(self._memory_limit_bytes)
+                room = await self._make_room(wanted, estimate, catalogue, may_drop=may_drop)
                 try:
                     checked = await self._loader.run(load_checked, bundle, before_check=limit_native_threads)
                 except NoRoom:  # it takes more than was expected: more than there was
@@ -307,10 +306,10 @@ class Refresher:
 
     async def _make_room(
         self, wanted: Wanted, estimate: memory.Estimate, catalogue: Catalogue, *, may_drop: bool
-    ) -> None:
-        """Return when there is as much memory as is needed; drop what is superseded for it where the policy allows that.
+    ) -> memory.Room | None:
+        """Return the room that there is when it is as much as is needed; drop what is superseded for it if the policy allows.
 
-        Raises `NoRoom`.
+        None where nothing tells how much there is. Raises `NoRoom`.
         """
         label, needed_bytes = str(wanted.ref), estimate.peak_bytes
         least = self._least.get(wanted.ref)
@@ -322,10 +321,10 @@ class Refresher:
         enough = room is not None and room.free_bytes + held >= needed_bytes
         try:
             memory.check(room, needed_bytes, label, replaceable=enough and self._swap_policy == "keep")
-            return
+            return room
         except NoRoom as error:
-            if estimate.corrected:  # the next attempt is made without: what happened once must not refuse for ever
-                self._estimator.forget(estimate.kind)
+            # The next attempt is made without a correction: what happened once must not refuse for ever.
+            self._estimator.forget(estimate.kind)
             tried = self._in_vain.get(wanted.ref)
             if tried is not None and tried.content == wanted.content and time.monotonic() < tried.until:
                 raise NoRoom(
@@ -334,7 +333,9 @@ class Refresher:
             if self._swap_policy == "keep" or not enough or not superseded:
                 raise
         await self._drop(wanted, superseded, catalogue)
-        memory.check(memory.room(self._memory_limit_bytes), needed_bytes, label)
+        room = memory.room(self._memory_limit_bytes)
+        memory.check(room, needed_bytes, label)
+        return room
 
     def _superseded(self, wanted: Wanted, catalogue: Catalogue) -> list[Slot]:
         """Return what serves in the place of `wanted` until it is there, and could be fetched again if that failed.

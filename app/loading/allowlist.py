@@ -19,15 +19,15 @@ LIST = Path(__file__).with_name("trusted_types.txt")
 
 # Where a name has been before, or is looked for first, on its way to where the list has it.
 _MOVED = {
-    "__builtin__": ("builtins",),  # protocols below 3 write the names of Python 2
-    "copy_reg": ("copyreg",),
     "numpy._core._multiarray_umath": ("numpy",),
     "numpy._core.umath": ("numpy",),
     "scipy.special": ("scipy.special._special_ufuncs", "scipy.special._ufuncs"),
     "scipy.special._special_ufuncs": ("scipy.special._ufuncs",),
     "scipy.special._ufuncs": ("scipy.special._special_ufuncs",),
 }
+# Protocols below 3 write the names of Python 2.
 _PYTHON_2 = {"long": "int", "unicode": "str", "xrange": "range"}
+_PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 # The libraries of which another version has other modules: a name that is not here at all is not a question of trust.
 _VERSIONED = ("_loss", "joblib", "numpy", "pandas", "scipy", "sklearn")
 
@@ -61,6 +61,7 @@ def listed(module: str, name: str) -> str | None:
     """Return the name by which the list has the `name` in `module`; None where it does not have it."""
     if module == "__builtin__":
         name = _PYTHON_2.get(name, name)
+    module = module_today(module)
     if module == "numpy.core" or module.startswith("numpy.core."):  # numpy 1 called it so
         module = f"numpy._core{module.removeprefix('numpy.core')}"
     for candidate in (module, *_MOVED.get(module, ())):
@@ -68,6 +69,11 @@ def listed(module: str, name: str) -> str | None:
         if full in KINDS:
             return full
     return None
+
+
+def module_today(module: str) -> str:
+    """Return what Python 3 calls a module."""
+    return _PYTHON_2_MODULES.get(module, module)
 
 
 def resolve(full: str) -> Any:

@@ -175,7 +175,7 @@ class Reader(_inherited):  # type: ignore[misc]  # its type is not known
         return value
 
     def _find_trusted(self, module: str, name: str) -> Any:
-        module = _PYTHON_2.get(module, module)
+        module = allowlist.module_today(module)
         full = f"{module}.{name}"
         if full in self._trusted:
             value = allowlist.resolve_trusted(module, name)
@@ -514,8 +514,6 @@ def refusal(names: Sequence[str]) -> str:
         f"if you trust whoever wrote this file, add {them} to ML_TRUSTED_TYPES"
     )
 
-
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocols below 3 write them
 
 # Names that trusting would not help.
 _NEVER = {
