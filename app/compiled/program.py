@@ -1,0 +1,84 @@
+"""A compiled model: for each method one operation from validated rows to a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from app.compiled import container, op
+from app.compiled.op import Op
+from app.errors import LoadFailed
+from app.signature import Array, Rows
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Columns of `count` rows, each an array of shape (count,), where they are not all of one numeric dtype."""
+
+    count: int
+    columns: tuple[Array, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What computes instead of scikit-learn: the common beginning of all methods, then an operation for each of them.
+
+    `body` takes a matrix of shape (rows, columns), or a `Table` where the columns are of several kinds, or the array of texts or
+    records of shape (rows,). A head gives an array whose first axis is the row, or a tuple of those.
+    """
+
+    body: Op | None
+    heads: Mapping[str, Op]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that it computes."""
+        return tuple(self.heads)
+
+    def run(self, rows: Rows, method: str) -> Any:
+        """Compute `method` for the rows. Raises `ValueError` as scikit-learn would for input that it refuses."""
+        value = input_of(rows)
+        with np.errstate(all="ignore"):
+            if self.body is not None:
+                value = self.body.run(value)
+            return self.heads[method].run(value)
+
+    def write(self) -> bytes:
+        """Return the program as it is stored."""
+        arrays: dict[str, Array] = {}
+        document = {
+            "format": FORMAT,
+            "body": op.encode(self.body, arrays),
+            "heads": {method: op.encode(head, arrays) for method, head in self.heads.items()},
+        }
+        return container.write(document, arrays)
+
+    @classmethod
+    def read(cls, stream: container.Readable, size: int) -> Program:
+        """Read a program of `size` bytes. Raises `LoadFailed` when it is none."""
+        from app.compiled import operations  # noqa: F401 - every operation that a file may name
+
+        document, arrays = container.read(stream, size)
+        if type(document) is not dict or document.keys() != {"format", "body", "heads"}:
+            raise LoadFailed("is not a compiled model: it does not say what to compute")
+        if document["format"] != FORMAT:
+            raise LoadFailed(f"is a compiled model of format {document['format']!r:.20}, this release reads {FORMAT}")
+        heads = document["heads"]
+        if type(heads) is not dict or not heads:
+            raise LoadFailed("is not a compiled model: it has no methods")
+        body = None if document["body"] is None else op.decode(document["body"], arrays)
+        return cls(body, {method: op.decode(head, arrays) for method, head in heads.items()})
+
+
+def input_of(rows: Rows) -> Array | Table:
+    """Return rows as a program takes them."""
+    if rows.matrix is not None:
+        return rows.matrix
+    if rows.signature.layout in ("text", "records"):
+        return rows.columns[0]
+    return Table(rows.count, rows.columns)
