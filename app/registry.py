@@ -10,7 +10,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from app.errors import ModelNotFound, ModelNotReady
+from app.errors import ModelNotFound, ModelNotReady, RequestError
 from app.names import ModelRef
 from app.runner import Runner
 
@@ -78,6 +78,7 @@ class Registry:
 
     def __init__(self, aliases: tuple[str, ...] = ("production",), required: tuple[str, ...] = ()) -> None:
         self._snapshot = Snapshot()
+        self._plain: Mapping[str | None, Runner] = {}
         self._aliases = aliases
         self._required = required
         self._found_at_start: frozenset[str] | None = None
@@ -93,8 +94,21 @@ class Registry:
         """Serve from `snapshot`; return the runners that it no longer holds."""
         kept = {slot.runner for slot in snapshot.slots()}
         retired = [slot.runner for slot in self._snapshot.slots() if slot.runner and slot.runner not in kept]
-        self._snapshot = snapshot
+        self._snapshot, self._plain = snapshot, _plain(snapshot, self._aliases[0])
         return retired
+
+    def plain(self, name: str | None) -> Runner | None:
+        """Return the runner that answers for a name (None: for the only one) under the default alias; None if none does."""
+        return self._plain.get(name)
+
+    def labelled(self, name: str | None, version: str | int | None, alias: str | None) -> Runner | None:
+        """Return the runner of a version or alias; None if there is none, or if it cannot be asked for in that way."""
+        if (version is not None and alias is not None) or version == "" or alias == "":
+            return None
+        try:
+            return self.get(name, version=None if version is None else str(version), alias=alias)
+        except RequestError:
+            return None
 
     def get(self, name: str | None = None, *, version: str | None = None, alias: str | None = None) -> Runner:
         """Return the runner that answers for this name (the only one where none is given), version or alias.
@@ -164,3 +178,15 @@ class Registry:
             if slot.runner is None:
                 return f"{slot.ref} is {slot.state}" + (f": {slot.hint}" if slot.hint else "")
         return f"{name} has no version under alias {alias!r}"
+
+
+def _plain(snapshot: Snapshot, alias: str) -> Mapping[str | None, Runner]:
+    """Return what answers for each name that nothing more is said of; None stands for the only name."""
+    found: dict[str | None, Runner] = {}
+    for name, entry in snapshot.entries.items():
+        slot = entry.slots.get(entry.serving.get(alias, ""))
+        if slot is not None and slot.runner is not None:
+            found[name] = slot.runner
+    if len(snapshot.entries) == 1:
+        found |= dict.fromkeys((None,), *found.values()) if found else {}
+    return found

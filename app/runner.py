@@ -1,196 +1,416 @@
 """The asynchronous front of one model: its queue, its batches, its deadline, its counters.
 
-Nothing waits for company: a request that finds the runner idle starts at once, and what arrives while it computes forms
-the next batch. A request's rows are never split. When a batch fails, each of its requests is run alone once, so that one
-caller's bad row is that caller's error only.
+Nothing waits for company and there is no timer: what arrives within one turn of the event loop, or while a batch is computed,
+forms the next batch. A batch that costs less than handing it to a thread would is computed in the event loop itself, any
+other on the runner's thread; what batches cost is measured when the model is loaded, and ever after. A request's rows are
+never split. When a batch fails, each of its requests is run alone once, so that one caller's bad row is that caller's
+error only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
+import json
 import logging
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any, override
 
+import numpy as np
+import orjson
+
+from app import log
+from app.counters import Counters
 from app.errors import Overloaded, PredictionFailed, PredictionTimeout, RequestError
-from app.log import request_id
-from app.model import Model, Prediction, part_of
+from app.intake import Draft, Intake
+from app.model import Model, Prediction, part_of, wire
 from app.signature import Rows
 from app.worker import Worker
 
 logger = logging.getLogger("diskless.runner")
-LATENCIES_KEPT = 1024
+INLINE_SECONDS = 0.0005  # a batch that takes longer would hold up the other connections of the event loop
+LATENCY_SECONDS = 0.05  # that one batch may take because of its length; a single request may take what it takes
+SERIALISED_ROWS = 32  # from here on, writing an array is faster than making a list of it first
+LEARNING = 0.125  # how much of a new measurement enters what is expected
 
 
-@dataclass(eq=False, slots=True)
-class _Job:
-    rows: Rows
-    method: str
-    future: asyncio.Future[Prediction]
-    deadline: float  # by the event loop's clock, in seconds
-    request_id: str | None
+class Result:
+    """What one batch came to, and the same as JSON carries it: worked out once, however many requests share it."""
 
-    @property
-    def batch(self) -> tuple[object, ...]:
-        """What must be equal for two jobs to be computed together."""
-        return (self.method, self.rows.kinds, None if self.rows.signature.rowwise else id(self))
+    __slots__ = ("_values", "prediction")
 
+    def __init__(self, prediction: Prediction) -> None:
+        self.prediction = prediction
+        self._values: list[Any] | None = None
 
-class Counters:
-    """What a runner has done: requests, rows, errors, and the latest latencies in seconds."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self.rows = 0
-        self.errors = 0
-        self.batches = 0
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
-
-    def answered(self, rows: int, seconds: float) -> None:
-        """Count a request that was answered."""
-        self.requests += 1
-        self.rows += rows
-        self._latencies.append(seconds)
-
-    def failed(self) -> None:
-        """Count a request that was not."""
-        self.requests += 1
-        self.errors += 1
-
-    def quantiles(self) -> dict[str, float] | None:
-        """Return p50, p90 and p99 of the latest latencies, in milliseconds; None before the first answer."""
-        latencies = sorted(self._latencies)
-        if not latencies:
-            return None
-        last = len(latencies) - 1
-        return {name: round(latencies[round(last * q)] * 1000, 3) for name, q in _QUANTILES}
+    def json(self, start: int, stop: int) -> bytes:
+        """Return the rows `start` up to `stop` as a JSON array, NaN and the infinities as null."""
+        prediction = self.prediction
+        if stop - start >= SERIALISED_ROWS and type(prediction) is np.ndarray and prediction.dtype == np.float64:
+            return orjson.dumps(np.ascontiguousarray(prediction[start:stop]), option=orjson.OPT_SERIALIZE_NUMPY)
+        if self._values is None:
+            self._values = wire(prediction)
+        return orjson.dumps(self._values[start:stop])
 
 
-_QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+class Job:
+    """One request in the queue: rows that are validated already, either as `Rows` or as the draft of a plain request.
+
+    Whoever makes one says what happens with its outcome. `awaited` becomes false when its caller has gone or was answered.
+    """
+
+    __slots__ = ("alone", "awaited", "count", "deadline", "draft", "request_id", "rows", "started", "target")
+
+    def __init__(self, target: Target, count: int, *, draft: Draft | None = None, rows: Rows | None = None) -> None:
+        self.target = target
+        self.count = count
+        self.draft = draft
+        self.rows = rows
+        self.request_id: str | None = None
+        self.started = perf_counter()
+        self.deadline = 0.0  # by perf_counter, in seconds
+        self.awaited = True
+        self.alone = False  # it has been in a batch that failed
+
+    def succeed(self, result: Result, start: int, stop: int) -> None:
+        """Take the rows `start` up to `stop` of a batch's result. Must not raise."""
+        raise NotImplementedError
+
+    def fail(self, error: RequestError) -> None:
+        """Take the reason why there is no prediction. Must not raise."""
+        raise NotImplementedError
+
+
+class _Promise(Job):
+    """A job that somebody waits for as a future."""
+
+    __slots__ = ("future",)
+
+    def __init__(
+        self, future: asyncio.Future[tuple[Result, int, int]], target: Target, count: int, **rows: Any
+    ) -> None:
+        super().__init__(target, count, **rows)
+        self.future = future
+
+    @override
+    def succeed(self, result: Result, start: int, stop: int) -> None:
+        if not self.future.done():
+            self.future.set_result((result, start, stop))
+
+    @override
+    def fail(self, error: RequestError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Target:
+    """One method of one model, with all of an answer's bytes that are the same each time."""
+
+    __slots__ = ("_classes", "_head", "_plain_tail", "method", "runner")
+
+    def __init__(self, runner: Runner, method: str) -> None:
+        self.runner = runner
+        self.method = method
+        model = runner.model
+        names = orjson.dumps({"model": model.ref.name, "version": model.ref.version})
+        self._head = names[:-1] + b',"predictions":'
+        classes = model.signature.classes
+        by_class = classes is not None and method in model.signature.by_class
+        self._classes = b',"classes":' + _dumps(classes) + b"}" if by_class else None
+
+    def encode(self, result: Result, start: int, stop: int) -> bytes:
+        """Return the body of an answer with the rows `start` up to `stop` of a result."""
+        tail = b"}"
+        prediction = result.prediction
+        # A binary decision function has one number for both classes.
+        if self._classes is not None and (type(prediction) is tuple or prediction.ndim == 2):  # type: ignore[union-attr]
+            tail = self._classes
+        return b"".join((self._head, result.json(start, stop), tail))
+
+
+def _dumps(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # a class may be an integer of more than 64 bits
+        return json.dumps(value).encode()
+
+
+class Pace:
+    """What batches cost, by their number of rows: measured at load, learnt from every batch since.
+
+    `costs` are seconds by rows. Without any, nothing is computed in the event loop.
+    """
+
+    def __init__(self, costs: Mapping[int, float] | None) -> None:
+        self.measured = bool(costs)
+        known = sorted((costs or {}).items())
+        self._seconds = [_between(known, 1 << power) if known else 0.0 for power in range(21)]
+
+    def expected(self, rows: int) -> float:
+        """Return the seconds that a batch of so many rows is expected to take."""
+        return self._seconds[min(rows.bit_length(), 20)]
+
+    def learn(self, rows: int, seconds: float) -> None:
+        """Take note of what a batch took."""
+        power = min(rows.bit_length(), 20)
+        before = self._seconds[power]
+        self._seconds[power] = before + LEARNING * (seconds - before) if before else seconds
+
+    def rows_within(self, seconds: float) -> int:
+        """Return how many rows a batch may have to be done within so many seconds; at least 1."""
+        fitting = (power for power in range(20, 0, -1) if self._seconds[power] <= seconds)
+        return 1 << next(fitting, 1) - 1
+
+
+def _between(known: Sequence[tuple[int, float]], rows: int) -> float:
+    """Return the seconds for `rows`, on the straight lines between what is known; beyond, a row costs what it costs there."""
+    before, after = known[0], known[-1]
+    if len(known) == 1 or rows <= before[0]:
+        return before[1]
+    for left, right in itertools.pairwise(known):
+        if rows <= right[0]:
+            before, after = left, right
+            break
+    else:
+        before = known[-2]
+    slope = (after[1] - before[1]) / (after[0] - before[0])
+    return max(before[1], before[1] + slope * (rows - before[0]))
 
 
 class Runner:
-    """Runs one model on one thread of its own. Belongs to the event loop."""
+    """Runs one model, in the event loop or on one thread of its own. Belongs to the event loop."""
 
     def __init__(
-        self, model: Model, *, max_batch_rows: int = 1024, max_queue: int = 1000, timeout_seconds: float = 20.0
+        self,
+        model: Model,
+        *,
+        costs: Mapping[int, float] | None = None,
+        counters: Counters | None = None,
+        max_batch_rows: int = 1024,
+        max_queue: int = 1000,
+        timeout_seconds: float = 20.0,
     ) -> None:
         self.model = model
-        self.counters = Counters()
+        self.counters = counters or Counters()
+        self.intake = Intake(model.signature)
+        self.targets = {method: Target(self, method) for method in model.signature.methods}
+        self.default = self.targets[model.signature.default_method]
+        self.pace = Pace(costs)
+        self._rowwise = model.signature.rowwise
         self._max_batch_rows = max_batch_rows
         self._max_queue = max_queue
         self._timeout_seconds = timeout_seconds
-        self._queue: deque[_Job] = deque()
-        self._running: asyncio.Task[None] | None = None
+        self._queue: deque[Job] = deque()
+        self._scheduled = False  # the queue will be looked at in this turn of the event loop
+        self._computing: asyncio.Task[None] | None = None  # on the thread
+        self._batch: list[Job] = []  # that the thread computes
+        self._alarm: asyncio.TimerHandle | None = None
         self._worker = Worker(f"predict {model.ref.name}")
         self._retired = False
 
-    async def predict(self, rows: Rows, method: str) -> Prediction:
-        """Return the model's answer for the rows. A retired runner still answers whoever holds it.
+    def submit(self, job: Job) -> None:
+        """Queue a job. Its outcome comes later, never before this returns. A retired runner still answers whoever holds it.
 
-        Raises `Overloaded` when the queue is full, `PredictionTimeout` when the deadline passes first, and what
-        `Model.predict` raises. Rows whose caller has gone are not computed.
+        Raises `Overloaded` when the queue is full.
         """
         if len(self._queue) >= self._max_queue:
-            self.counters.failed()
-            raise Overloaded(f"{self.model.ref.name} has {self._max_queue} requests waiting, which is the limit")
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        job = _Job(rows, method, loop.create_future(), started + self._timeout_seconds, request_id.get())
+            self._drop_unawaited()
+            if len(self._queue) >= self._max_queue:
+                self.counters.failed()
+                raise Overloaded(f"{self.model.ref.name} has {self._max_queue} requests waiting, which is the limit")
+        job.deadline = job.started + self._timeout_seconds
         self._queue.append(job)
-        if self._running is None:
-            self._running = loop.create_task(self._run())
+        if not self._scheduled and self._computing is None:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    async def ask(self, target: Target, count: int, **rows: Any) -> tuple[Result, int, int]:
+        """Submit a job and wait for its rows of a result. Rows whose caller has gone are not computed.
+
+        Raises `Overloaded`, `PredictionTimeout`, and what `Model.predict` raises.
+        """
+        job = _Promise(asyncio.get_running_loop().create_future(), target, count, **rows)
+        job.request_id = log.request_id.get()
+        self.submit(job)
         try:
-            async with asyncio.timeout_at(job.deadline):
-                prediction = await job.future
-        except TimeoutError as error:
-            self.counters.failed()
-            raise PredictionTimeout(f"no answer within {self._timeout_seconds:g} s") from error
-        except RequestError:
-            self.counters.failed()
-            raise
+            return await job.future
         finally:
-            if not job.future.done() or job.future.cancelled():
-                with contextlib.suppress(ValueError):  # not there: being computed
-                    self._queue.remove(job)  # nobody waits for it, and it shall take no one's place
-        self.counters.answered(rows.count, loop.time() - started)
-        return prediction
+            job.awaited = False
+
+    async def predict(self, rows: Rows, method: str) -> Prediction:
+        """Return the model's answer for the rows. Raises as `ask` does."""
+        result, start, stop = await self.ask(self.targets[method], rows.count, rows=rows)
+        return part_of(result.prediction, start, stop)
 
     async def retire(self) -> None:
         """Answer what is queued, then let the thread go. The model itself goes when its last reference does."""
         self._retired = True
-        while self._running is not None:
-            await asyncio.wait([self._running])
+        while self._scheduled or self._computing is not None:
+            if self._computing is not None:
+                await asyncio.wait([self._computing])
+            else:
+                await asyncio.sleep(0)
         self.close()
 
     def close(self) -> None:
         """Let the thread go without waiting for what it computes."""
         self._worker.close()
 
+    def _flush(self) -> None:
+        """Compute what is queued, batch by batch, here as long as that is cheap."""
+        self._scheduled = False
+        spent = 0.0
+        while jobs := self._next_batch():
+            if not self.pace.measured or self.pace.expected(sum(job.count for job in jobs)) > INLINE_SECONDS:
+                self._batch = jobs
+                self._computing = asyncio.get_running_loop().create_task(self._run())
+                return
+            begun = perf_counter()
+            self._finish(jobs, self._attempt(jobs), begun)
+            spent += perf_counter() - begun
+            if self._queue and spent > INLINE_SECONDS:  # let the connections have a turn
+                self._scheduled = True
+                asyncio.get_running_loop().call_soon(self._flush)
+                return
+
     async def _run(self) -> None:
+        """Compute batches on the thread until one is cheap enough for the event loop, or none is left."""
         try:
-            while jobs := self._next_batch():
-                await self._compute(jobs)
+            while jobs := self._batch:
+                self._watch_deadlines()
+                begun = perf_counter()
+                outcome = await self._worker.run(self._attempt, jobs)
+                self._finish(jobs, outcome, begun)
+                self._batch = self._next_batch()
+                if self._batch and self.pace.measured:
+                    rows = sum(job.count for job in self._batch)
+                    if self.pace.expected(rows) <= INLINE_SECONDS:
+                        self._queue.extendleft(reversed(self._batch))
+                        self._batch = []
         finally:
-            self._running = None
-            if self._retired:  # somebody asked after all
+            self._computing = None
+            self._batch = []
+            if self._alarm is not None:
+                self._alarm.cancel()
+                self._alarm = None
+            if self._queue:
+                self._scheduled = True
+                asyncio.get_running_loop().call_soon(self._flush)
+            elif self._retired:  # somebody asked after all
                 self.close()
 
-    def _next_batch(self) -> list[_Job]:
+    def _next_batch(self) -> list[Job]:
         """Take the oldest request that someone waits for, and those of its kind that fit beside it, in their order."""
-        jobs: list[_Job] = []
-        count = 0
-        later: list[_Job] = []
-        while self._queue and count < self._max_batch_rows:
-            job = self._queue.popleft()
-            if not self._is_awaited(job):
+        queue = self._queue
+        if not queue:
+            return []
+        now = perf_counter()
+        jobs: list[Job] = []
+        count, most = 0, self._max_batch_rows
+        later: list[Job] = []
+        kind: object = None
+        while queue and count < most:
+            job = queue.popleft()
+            if not job.awaited:
                 continue
-            if not jobs or (job.batch == jobs[0].batch and count + job.rows.count <= self._max_batch_rows):
-                jobs.append(job)
-                count += job.rows.count
-            else:
+            if job.deadline <= now:
+                self._expire(job)
+                continue
+            if not jobs:
+                kind = self._kind(job)
+                if self.pace.measured and most > job.count:
+                    most = max(1, min(most, self.pace.rows_within(LATENCY_SECONDS)))
+            elif count + job.count > most or self._kind(job) != kind:
                 later.append(job)
-        self._queue.extendleft(reversed(later))
+                continue
+            jobs.append(job)
+            count += job.count
+        queue.extendleft(reversed(later))
         return jobs
 
-    def _is_awaited(self, job: _Job) -> bool:
-        """Whether the caller is still there, and has not been told that it took too long."""
-        return not job.future.done() and job.deadline > job.future.get_loop().time()
+    def _kind(self, job: Job) -> object:
+        """Return what must be equal for two jobs to be computed together."""
+        if job.alone or not self._rowwise:
+            return job
+        if job.rows is None:
+            return job.target
+        return (job.target, job.rows.kinds)
 
-    async def _compute(self, jobs: Sequence[_Job]) -> None:
-        self.counters.batches += 1
+    def _attempt(self, jobs: Sequence[Job]) -> Result | Exception:
+        """Compute a batch; return what it came to, or what was raised instead."""
         try:
-            rows = Rows.concatenate([job.rows for job in jobs])
-            prediction = await self._worker.run(self.model.predict, rows, jobs[0].method)
-            answers = _split(prediction, jobs)
+            if jobs[0].rows is not None:
+                rows = Rows.concatenate([job.rows for job in jobs if job.rows is not None])
+            elif len(jobs) == 1:
+                rows = self.intake.rows(jobs[0].draft or [])
+            else:
+                rows = self.intake.rows([row for job in jobs for row in job.draft or ()])
+            return Result(self.model.predict(rows, jobs[0].target.method))
         except Exception as error:  # handed to the callers; the runner itself goes on with the next batch
-            if len(jobs) == 1:
-                self._fail(jobs[0], error)
-                return
-            for job in jobs:
-                if self._is_awaited(job):
-                    await self._compute([job])
-            return
-        for job, answer in zip(jobs, answers, strict=True):
-            if not job.future.done():
-                job.future.set_result(answer)
+            return error
+        except BaseException as error:  # a SystemExit, from the code of somebody's model, would end the event loop
+            return RuntimeError(f"{type(error).__name__} was raised: {error}")
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def _finish(self, jobs: Sequence[Job], outcome: Result | Exception, begun: float) -> None:
+        """Hand a batch's outcome to its jobs. Of a batch that failed, each job is put back to be run alone."""
+        now = perf_counter()
+        counters = self.counters
+        counters.computed()
+        if isinstance(outcome, Exception):
+            if len(jobs) > 1:
+                for job in jobs:
+                    job.alone = True
+                self._queue.extendleft(reversed(jobs))
+            elif jobs[0].awaited:
+                self._fail(jobs[0], outcome)
+            return
+        start = 0
+        for job in jobs:
+            stop = start + job.count
+            if job.awaited:
+                job.awaited = False
+                counters.answered(job.count, now - job.started)
+                job.succeed(outcome, start, stop)
+            start = stop
+        self.pace.learn(start, now - begun)
+
+    def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, RequestError):
             error = PredictionFailed("the model could not compute this input; the service's log says why")
         if isinstance(error, PredictionFailed):
-            fields = {"model": str(self.model.ref), "method": job.method, "request_id": job.request_id}
+            fields = {"model": str(self.model.ref), "method": job.target.method, "request_id": job.request_id}
             logger.error("prediction failed", exc_info=error, extra={"fields": fields})
-        if not job.future.done():
-            job.future.set_exception(error)
+        self.counters.failed()
+        job.awaited = False
+        job.fail(error)
 
+    # Deadlines: what is computed in the event loop needs no alarm, and the thread needs one for all that wait for it
 
-def _split(prediction: Prediction, jobs: Sequence[_Job]) -> list[Prediction]:
-    """Cut a batch's prediction into those of its jobs."""
-    if len(jobs) == 1:
-        return [prediction]
-    stops = list(itertools.accumulate(job.rows.count for job in jobs))
-    return [part_of(prediction, start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+    def _watch_deadlines(self) -> None:
+        if self._alarm is None and self._batch:
+            delay = min(job.deadline for job in self._batch) - perf_counter()
+            self._alarm = asyncio.get_running_loop().call_later(max(0.0, delay), self._ring)
+
+    def _ring(self) -> None:
+        """Tell those whose time is over; look again when that of the next one is."""
+        self._alarm = None
+        now = perf_counter()
+        for job in (*self._batch, *self._queue):
+            if job.awaited and job.deadline <= now:
+                self._expire(job)
+        self._drop_unawaited()
+        waiting = [job.deadline for job in (*self._batch, *self._queue) if job.awaited]
+        if waiting and self._computing is not None:
+            delay = max(0.001, min(waiting) - now)
+            self._alarm = asyncio.get_running_loop().call_later(delay, self._ring)
+
+    def _expire(self, job: Job) -> None:
+        self.counters.failed()
+        job.awaited = False
+        job.fail(PredictionTimeout(f"no answer within {self._timeout_seconds:g} s"))
+
+    def _drop_unawaited(self) -> None:
+        """Let go of what nobody waits for: it shall take no one's place."""
+        self._queue = deque(job for job in self._queue if job.awaited)

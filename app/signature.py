@@ -1,6 +1,6 @@
 """What a model takes and gives, and the one door through which input reaches it.
 
-`inspection.infer` reads it off a fitted estimator, `Signature.validate` turns the instances of a request into `Rows`. Nothing else makes `Rows`, so nothing unvalidated reaches a model. Datatypes are those of the Open
+`inspection.infer` reads it off a fitted estimator, `Signature.validate` turns the instances of a request into `Rows`. Only it and `intake.py`, for plain requests, make `Rows`, so nothing unvalidated reaches a model. Datatypes are those of the Open
 Inference Protocol: `FP64 INT64 BOOL BYTES`. Neither scikit-learn nor pandas is imported to validate.
 """
 
@@ -80,14 +80,14 @@ class TensorSpec(BaseModel):
             kind = "a number, a string, true, false"
         elif self.is_datetime:
             kind = "BYTES (an ISO 8601 date-time)"
-        elif kind == "INT64" and _storage("INT64", self.dtype) != np.int64:
-            kind = "INT64 from {} to {}".format(*_bounds(self.dtype))
+        elif kind == "INT64" and storage_of("INT64", self.dtype) != np.int64:
+            kind = "INT64 from {} to {}".format(*bounds_of(self.dtype))
         return f"{kind} or null" if self.nullable else kind
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Validated input of `count` rows. Made by `Signature.validate` and `Rows.concatenate` only.
+    """Validated input of `count` rows. Made by `Signature.validate`, `Intake.rows` and `Rows.concatenate` only.
 
     `matrix` is set where every column is of one numeric dtype: shape (count, columns). Otherwise `columns` has an array
     of shape (count,) for each input, or the single list of texts or records that the layout calls for.
@@ -227,7 +227,7 @@ class Signature(BaseModel):
         return frozenset((*self._names, *self.ignored))
 
     @cached_property
-    def _uniform(self) -> np.dtype[Any] | None:
+    def uniform(self) -> np.dtype[Any] | None:
         """The one numeric dtype of all inputs, if there is one: then rows are one array."""
         kinds = {(spec.datatype, "float64" if spec.is_anything else spec.dtype) for spec in self.inputs}
         if len(kinds) != 1 or self.layout not in ("matrix", "frame"):
@@ -250,8 +250,8 @@ class Signature(BaseModel):
             raise RequestTooLarge(f"expected at most {max_rows} rows in one request, got {len(instances)}")
         if self.layout in ("text", "records"):
             return self._validate_items(instances)
-        if self._uniform is not None:
-            rows = self._fast(instances, self._uniform)
+        if self.uniform is not None:
+            rows = self._fast(instances, self.uniform)
             if rows is not None:
                 return rows
         return self._validate_columns(instances)
@@ -343,12 +343,16 @@ class Signature(BaseModel):
 
             columns.append(_CONVERTERS[spec.datatype](values, spec, path, report))
         report.raise_if_any()
-        if self._uniform is not None and all(column.dtype.kind == "f" for column in columns):
-            matrix = np.column_stack(columns).astype(self._uniform, copy=False)
+        if self.uniform is not None and all(column.dtype.kind == "f" for column in columns):
+            matrix = np.column_stack(columns).astype(self.uniform, copy=False)
             return Rows(self, len(instances), matrix)
+        return self.assembled(columns, len(instances))
+
+    def assembled(self, columns: Sequence[Array], count: int) -> Rows:
+        """Return `count` validated rows of columns of several kinds, as the layout calls for. For whoever has validated them."""
         if self.layout == "matrix" and "O" not in {column.dtype.kind for column in columns}:
-            return Rows(self, len(instances), np.column_stack(columns))
-        return Rows(self, len(instances), None, tuple(columns))
+            return Rows(self, count, np.column_stack(columns))
+        return Rows(self, count, None, tuple(columns))
 
     def _any_width(self, instances: list[Any], report: _Report) -> list[TensorSpec]:
         if not isinstance(instances[0], list) or not instances[0]:
@@ -439,7 +443,7 @@ def _is_strings(value: Any) -> bool:
 
 
 @functools.cache
-def _storage(datatype: Literal["FP64", "INT64"], dtype: str) -> np.dtype[Any]:
+def storage_of(datatype: Literal["FP64", "INT64"], dtype: str) -> np.dtype[Any]:
     """Return the numpy dtype that holds a column of a numpy, pandas (`Int64`) or Arrow (`int64[pyarrow]`) dtype."""
     pattern, otherwise = (_FLOAT, "float64") if datatype == "FP64" else (_INTEGER, "int64")
     match = pattern.match(dtype.lower())
@@ -483,7 +487,7 @@ def _fp64(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> A
     if spec.is_anything:
         return _anything(values, spec, path, report)
     column = _numbers(values, spec, path, report)
-    return _objects(values, spec) if spec.dtype == "object" else column
+    return objects_of(values, spec) if spec.dtype == "object" else column
 
 
 def _anything(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> Array:
@@ -501,12 +505,12 @@ def _anything(values: list[Any], spec: TensorSpec, path: Path, report: _Report) 
             taken = type(value) in (str, bool) or value is _ABSENT or (value is None and spec.nullable)
         if not taken:
             report.add(path(index), spec.expected, value)
-    return _objects(values, spec)
+    return objects_of(values, spec)
 
 
 def _numbers(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> Array:
     allowed = {float, int} | ({type(None)} if spec.nullable else set()) | ({bool} if spec.assumed else set())
-    storage = _storage("FP64", spec.dtype)
+    storage = storage_of("FP64", spec.dtype)
     if set(map(type, values)) <= allowed:
         try:
             with np.errstate(over="ignore"):
@@ -524,7 +528,7 @@ def _numbers(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -
 
 
 def _int64(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> Array:
-    low, high = _bounds(spec.dtype)
+    low, high = bounds_of(spec.dtype)
     some_missing = False
     result: list[Any] = []
     for index, value in enumerate(values):
@@ -540,15 +544,16 @@ def _int64(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> 
     if len(result) != len(values):
         return np.zeros(len(values))
     if spec.dtype == "object":
-        return _objects(result, spec)
+        return objects_of(result, spec)
     if some_missing:
         return np.array(result, dtype=np.float64 if _is_numpy(spec.dtype) else object)
-    return np.array(result, dtype=_storage("INT64", spec.dtype))
+    return np.array(result, dtype=storage_of("INT64", spec.dtype))
 
 
 @functools.cache
-def _bounds(dtype: str) -> tuple[int, int]:
-    info = np.iinfo(_storage("INT64", dtype))
+def bounds_of(dtype: str) -> tuple[int, int]:
+    """Return the least and the largest integer that a column of this dtype holds."""
+    info = np.iinfo(storage_of("INT64", dtype))
     return int(info.min), int(info.max)
 
 
@@ -559,7 +564,7 @@ def _bool(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> A
     for index, value in enumerate(values):
         if type(value) is not bool and value is not _ABSENT and not (value is None and spec.nullable):
             report.add(path(index), spec.expected, value)
-    return _objects(values, spec)
+    return objects_of(values, spec)
 
 
 def _bytes(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> Array:
@@ -568,10 +573,11 @@ def _bytes(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> 
     for index, value in enumerate(values):
         if type(value) is not str and value is not _ABSENT and not (value is None and spec.nullable):
             report.add(path(index), spec.expected, value)
-    return _objects(values, spec)
+    return objects_of(values, spec)
 
 
-def _objects(values: list[Any], spec: TensorSpec) -> Array:
+def objects_of(values: Sequence[Any], spec: TensorSpec) -> Array:
+    """Return values as an array of objects, None as what the column was trained to have for it."""
     column = np.empty(len(values), dtype=object)
     blank = None if spec.missing == "none" else np.nan
     column[:] = [blank if value is None else value for value in values]
