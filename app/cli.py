@@ -128,6 +128,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 
     log.configure(settings.log_level)
     sock = _listen(settings)  # callers wait from here on, instead of being refused, while the rest is imported
+    from app.direct import protocol_for
     from app.main import create_app
 
     app = create_app(settings)
@@ -138,6 +139,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
             sock,
             keep_alive_seconds=settings.keep_alive_seconds,
             drain_seconds=settings.drain_seconds,
+            http=protocol_for(app.predictor),
         )
     except SystemExit as end:  # so uvicorn ends when the application cannot start; the log says why
         return FAILED if end.code else DONE

@@ -109,11 +109,18 @@ class DrainingProtocol(HttpToolsProtocol):
             cycle.keep_alive = False
             self._last = cycle
 
+    def give_up(self) -> None:
+        """Say that what is not answered yet will not be. ASGI tasks are told otherwise."""
+
+    def _is_silent(self) -> bool:
+        """Whether no request is being answered, nor has begun to arrive: its own end would close the connection."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        return self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope)
+
     def _close_if_silent(self) -> None:
-        if self.transport.is_closing() or (self.cycle is not None and not self.cycle.response_complete):
+        if self.transport.is_closing() or not self._is_silent():
             return
-        if self.scope is not None and (self.cycle is None or self.cycle.scope is not self.scope):
-            return  # a request has begun to arrive: its own end will close the connection
         if _readable(self.transport):  # arrived, but not read yet: timers come before sockets in a turn of the loop
             self.loop.call_later(POLL_SECONDS, self._close_if_silent)
         else:
@@ -201,15 +208,21 @@ class DrainingServer(uvicorn.Server):
         for protocol in list(self.server_state.connections):
             protocol.shutdown()
         if not await self._idle_within(self._drain_seconds):
-            logger.warning("gave up requests", extra={"fields": {"count": len(self.server_state.tasks)}})
+            logger.warning("gave up requests", extra={"fields": {"count": len(self.server_state.connections)}})
             for task in self.server_state.tasks:
                 task.cancel()
+            for protocol in list(self.server_state.connections):
+                protocol.give_up()  # type: ignore[union-attr]  # ours, as `configuration` says
             await self._idle_within(LAST_WORDS_SECONDS)
         await self.lifespan.shutdown()
         logger.info("stopped")
 
     def _protocol(self) -> asyncio.Protocol:
-        return DrainingProtocol(self.config, self.server_state, self.lifespan.state)
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
 
     async def _idle_within(self, seconds: float) -> bool:
         """Wait until all connections are closed and all requests done; return whether they were in time."""
@@ -256,11 +269,11 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=BACKLOG)
 
 
-def configuration(app: Any, *, keep_alive_seconds: int) -> uvicorn.Config:
+def configuration(app: Any, *, keep_alive_seconds: int, http: Any = DrainingProtocol) -> uvicorn.Config:
     """Return uvicorn's configuration. Nothing of it is left to uvicorn's own variables."""
     return uvicorn.Config(
         app,
-        http=DrainingProtocol,
+        http=http,
         loop="uvloop",
         ws="none",
         lifespan="on",
@@ -273,8 +286,19 @@ def configuration(app: Any, *, keep_alive_seconds: int) -> uvicorn.Config:
     )
 
 
-def serve(app: Any, registry: Registry, sock: socket.socket, *, keep_alive_seconds: int, drain_seconds: int) -> None:
-    """Serve `app` on a listening socket until SIGTERM or SIGINT, then finish what was accepted."""
-    config = configuration(app, keep_alive_seconds=keep_alive_seconds)
+def serve(
+    app: Any,
+    registry: Registry,
+    sock: socket.socket,
+    *,
+    keep_alive_seconds: int,
+    drain_seconds: int,
+    http: Any = DrainingProtocol,
+) -> None:
+    """Serve `app` on a listening socket until SIGTERM or SIGINT, then finish what was accepted.
+
+    `http` makes the protocols of connections.
+    """
+    config = configuration(app, keep_alive_seconds=keep_alive_seconds, http=http)
     server = DrainingServer(config, registry, drain_seconds=drain_seconds)
     asyncio.run(server.serve(sockets=[sock]), loop_factory=config.get_loop_factory())

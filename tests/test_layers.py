@@ -62,12 +62,14 @@ ORDER = [
     "api.status",
     "main",
     "protocol",
+    "direct",
     "cli",
 ]
 BORDERS = {
     ("aioboto3", "aiobotocore", "boto3", "botocore", "aiohttp"): {"storage.r2"},
     ("fastapi", "starlette"): {"api.errors", "api.openapi", "api.health", "api.status", "auth", "main"},
-    ("uvicorn", "uvloop", "httptools"): {"protocol"},
+    ("uvicorn", "uvloop", "httptools"): {"protocol", "direct"},
+    ("msgspec",): {"intake"},
     ("pydantic_settings", "dotenv"): {"settings"},
     ("cryptography",): {"seal"},
 }

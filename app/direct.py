@@ -1,0 +1,333 @@
+"""Plain prediction requests, answered in the protocol itself: no ASGI task, no events, one write.
+
+Plain is: `POST`, the exact path, HTTP/1.1 that is kept alive, one `Content-Length` within the limit, no `Transfer-Encoding`,
+no `Expect`, no offer of another protocol, nothing pending before it on the connection, and a body that the model's decoder
+takes. Everything else, errors included, goes uvicorn's own way to the ASGI application, which gives the same answers.
+
+Clients that keep a connection send the same head again and again. The parser reads it once; the same bytes mean the same
+request the next time, so then only the body is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from time import perf_counter
+from typing import Any, ClassVar, NamedTuple, override
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from app import log
+from app.api import errors
+from app.api.predict import REQUEST_ID, Predictor, new_request_id
+from app.errors import Overloaded, RequestError
+from app.intake import Draft
+from app.protocol import STOPPING, DrainingProtocol
+from app.runner import Job, Result, Target
+
+PATH = re.compile(rb"/(?:predict|models/([A-Za-z0-9._-]{1,100})/predict)\Z")
+MAX_HEADS = 512
+MAX_HEAD_BYTES = 1024
+_NEVER_PLAIN = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
+_BOUNDARY = b"\r\n\r\n"
+_JSON = b"content-type: application/json\r\ncontent-length: "
+_CLOSE = b"connection: close\r\n"
+
+
+class Plan(NamedTuple):
+    """What the head of a plain request says: the model that its path names, the body's length in bytes, its request id."""
+
+    name: str | None
+    length: int
+    request_id: str | None
+
+
+class Shared:
+    """What the connections of a server have in common: who predicts, the heads that are known, how an answer begins."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self.heads: dict[bytes, Plan] = {}
+        self._headers: Any = None
+        self._start = b""
+
+    def remember(self, head: bytes, plan: Plan) -> None:
+        """Take note that these bytes, and no fewer, are the head of such a request."""
+        if plan.request_id is None and head.count(b"\n") == head.count(b"\r\n"):
+            if len(self.heads) >= MAX_HEADS:
+                self.heads.clear()
+            self.heads[head] = plan
+
+    def start(self, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """Return how an answer with status 200 begins. uvicorn makes its own headers anew every second."""
+        if headers is not self._headers:
+            self._start = STATUS_LINE[200] + _lines(headers) + _JSON
+            self._headers = headers
+        return self._start
+
+
+def _lines(headers: list[tuple[bytes, bytes]]) -> bytes:
+    return b"".join(b"%b: %b\r\n" % header for header in headers)
+
+
+class _Unheard:
+    """Stands for the event by which uvicorn tells an ASGI application that its caller has gone."""
+
+    def set(self) -> None:
+        """Do nothing: there is no application."""
+
+
+class Exchange(Job):
+    """A plain request and its answer. To uvicorn it is what a request and its ASGI application are otherwise."""
+
+    __slots__ = ("disconnected", "keep_alive", "protocol", "response_complete", "response_started", "scope")
+
+    message_event: ClassVar[_Unheard] = _Unheard()
+
+    def __init__(self, protocol: DirectProtocol, target: Target, draft: Draft) -> None:
+        super().__init__(target, len(draft), draft=draft)
+        self.protocol = protocol
+        self.scope = protocol.scope
+        self.keep_alive = True
+        self.response_started = self.response_complete = self.disconnected = False
+
+    @override
+    def succeed(self, result: Result, start: int, stop: int) -> None:
+        try:
+            body = self.target.encode(result, start, stop)
+        except Exception as error:
+            self._broken(error)
+        else:
+            self.protocol.answer(self, body)
+
+    @override
+    def fail(self, error: RequestError) -> None:
+        self.protocol.refuse(self, *errors.encode(error))
+
+    def _broken(self, error: Exception) -> None:
+        token = log.request_id.set(self.request_id)
+        try:
+            errors.logger.error("a prediction request failed", exc_info=error)
+            answer = errors.internal()
+        finally:
+            log.request_id.reset(token)
+        self.protocol.refuse(self, *answer)
+
+
+class DirectProtocol(DrainingProtocol):
+    """uvicorn's HTTP protocol, answering plain predictions itself."""
+
+    def __init__(self, shared: Shared, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._shared = shared
+        self._ready = True  # nothing is pending on this connection, and the parser is between two requests
+        self._between = True
+        self._may_be_plain = False  # the request that the parser is at
+        self._plan: Plan | None = None  # of the request whose body the parser is at
+        self._pieces: list[bytes] = []
+        self._head: bytes | None = None  # of the request that the parser is about to read
+        self._held: bytearray | None = None  # a request with a known head, whose body is still arriving
+        self._exchange: Exchange | None = None
+        self._answered_at = 0.0
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        if self._ready:
+            end = data.find(_BOUNDARY) + 4
+            if end >= 4 and not self.flow.write_paused:
+                head = data[:end]
+                plan = self._shared.heads.get(head)
+                if plan is None:
+                    if end <= MAX_HEAD_BYTES and data.startswith(b"POST /"):
+                        self._head = head
+                elif len(data) - end == plan.length:
+                    if self._begin(plan, data[end:]):
+                        return
+                elif len(data) - end < plan.length:
+                    self._ready = False
+                    self._plan, self._held = plan, bytearray(data)
+                    return
+        elif self._held is not None:
+            held, plan = self._held, self._plan
+            assert plan is not None
+            held += data
+            end = held.index(_BOUNDARY) + 4
+            if len(held) - end < plan.length:
+                return
+            self._held = self._plan = None
+            self._ready = not self._stopping
+            data = bytes(held)
+            if self._ready and len(data) - end == plan.length and self._begin(plan, data[end:]):
+                return
+        super().data_received(data)
+        self._head = None
+
+    @override
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._may_be_plain = self._ready and not self.flow.write_paused
+        self._ready = self._between = False
+
+    @override
+    def on_headers_complete(self) -> None:
+        head, self._head = self._head, None
+        if self._may_be_plain:
+            self._plan = self._read_plan()
+            if self._plan is not None:
+                if head is not None:
+                    self._shared.remember(head, self._plan)
+                return
+        super().on_headers_complete()
+
+    @override
+    def on_body(self, body: bytes) -> None:
+        if self._plan is not None:
+            self._pieces.append(body)
+        else:
+            super().on_body(body)
+
+    @override
+    def on_message_complete(self) -> None:
+        self._between = True
+        plan = self._plan
+        if plan is None:
+            super().on_message_complete()
+            self._settle()
+            return
+        body = b"".join(self._pieces)
+        self._pieces.clear()
+        self._plan = None
+        if not self._begin(plan, body):
+            super().on_headers_complete()
+            self.cycle.body += body
+            super().on_message_complete()
+
+    def _read_plan(self) -> Plan | None:
+        """Return what the headers that were just read say, if they are those of a plain request."""
+        parser = self.parser
+        match = PATH.match(self.url)
+        if match is None or parser.get_method() != b"POST" or parser.get_http_version() != "1.1":
+            return None
+        if self._stopping or not parser.should_keep_alive() or parser.should_upgrade():
+            return None
+        length: int | None = None
+        request_id: str | None = None
+        for name, value in self.headers:
+            if name == b"content-length":
+                if length is not None or not value.isdigit() or len(value) > 15:
+                    return None
+                length = int(value)
+            elif name == b"x-request-id":
+                text = value.decode("latin-1")
+                if request_id is None and REQUEST_ID.match(text):
+                    request_id = text
+            elif name in _NEVER_PLAIN:
+                return None
+        if length is None or length > self._shared.predictor.max_body_bytes:
+            return None
+        return Plan(match[1].decode() if match[1] is not None else None, length, request_id)
+
+    def _begin(self, plan: Plan, body: bytes) -> bool:
+        """Queue a plain request; return whether it is one."""
+        if self._stopping:
+            return False
+        asked = self._shared.predictor.plain(body, plan.name)
+        if asked is None:
+            return False
+        target, draft = asked
+        exchange = Exchange(self, target, draft)
+        exchange.request_id = plan.request_id or new_request_id()
+        self._ready = False
+        self._exchange = exchange
+        self.cycle = exchange  # type: ignore[assignment]  # it has what uvicorn asks of one
+        try:
+            target.runner.submit(exchange)
+        except Overloaded as error:
+            exchange.fail(error)
+        return True
+
+    def answer(self, exchange: Exchange, body: bytes) -> None:
+        """Send an answer with status 200."""
+        start = self._shared.start(self.server_state.default_headers)
+        close = b"" if exchange.keep_alive else _CLOSE
+        identity = (exchange.request_id or "").encode()
+        self._send(exchange, b"%b%d\r\nx-request-id: %b\r\n%b\r\n%b" % (start, len(body), identity, close, body))
+
+    def refuse(self, exchange: Exchange, status: int, body: bytes, headers: dict[str, str]) -> None:
+        """Send an error."""
+        lines = [(b"x-request-id", (exchange.request_id or "").encode())]
+        lines += [(name.encode(), value.encode()) for name, value in headers.items()]
+        start = STATUS_LINE[status] + _lines(self.server_state.default_headers) + _JSON
+        close = b"" if exchange.keep_alive else _CLOSE
+        self._send(exchange, b"%b%d\r\n%b%b\r\n%b" % (start, len(body), _lines(lines), close, body))
+
+    def _send(self, exchange: Exchange, answer: bytes) -> None:
+        exchange.response_started = exchange.response_complete = True
+        self._exchange = None
+        if exchange.disconnected:
+            return
+        self.transport.write(answer)
+        if not exchange.keep_alive:
+            self.transport.close()
+        if self._stopping or self.pipeline or self.flow.read_paused or self.timeout_keep_alive_task is None:
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self._answered_at = perf_counter()
+            self._ready = self._between
+
+    @override
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._answered_at = perf_counter()
+        self._settle()
+
+    def _settle(self) -> None:
+        self._ready = (
+            self._between
+            and not self._stopping
+            and not self.pipeline
+            and (self.cycle is None or self.cycle.response_complete)
+        )
+
+    @override
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection if it has been idle for so long: plain requests leave the alarm as it is."""
+        self.timeout_keep_alive_task = None
+        if not self._ready:
+            return  # a request is under way, whose answer sets the alarm again
+        left = self._answered_at + self.timeout_keep_alive - perf_counter()
+        if left > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
+
+    @override
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._ready = False
+
+    @override
+    def give_up(self) -> None:
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.awaited = exchange.keep_alive = False
+            self.refuse(exchange, 503, STOPPING, {"retry-after": "5"})
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._exchange is not None:
+            self._exchange.awaited = False  # nobody is there to read it: it takes no one's place in the queue
+            self._exchange.disconnected = True
+            self._exchange = None
+        super().connection_lost(exc)
+        self._ready = False
+
+    @override
+    def _is_silent(self) -> bool:
+        return self._held is None and self._plan is None and super()._is_silent()
+
+
+def protocol_for(predictor: Predictor) -> Any:
+    """Return what uvicorn is to make its connections with."""
+    return partial(DirectProtocol, Shared(predictor))
