@@ -25,7 +25,7 @@ LABELS = {
     "naive": "FastAPI + joblib",
 }
 OURS = ("serve", "asgi")
-WIDTH, NAMES, FIGURES = 440, 190, 60  # of a panel, and of the columns of its names and its figures
+WIDTH, NAMES, FIGURES = 450, 205, 65  # of a panel, and of the columns of its names and its figures
 BAR, GAP, HEAD = 15, 5, 34
 LEAST = 10.0  # requests/s, where the bars begin: their length is logarithmic
 

@@ -136,6 +136,6 @@ def test_the_longest_bar_of_the_picture_is_the_fastest_services():
     picture = plot.draw({"linear": {"floor": 100.0, "serve": 1000.0}})
 
     assert picture.index("Diskless") < picture.index("onnxruntime by hand")
-    assert 'class="ours" x="190" y="58" width="190.0"' in picture
-    assert 'class="theirs" x="190" y="78" width="95.0"' in picture
+    assert 'class="ours" x="205" y="58" width="180.0"' in picture
+    assert 'class="theirs" x="205" y="78" width="90.0"' in picture
     assert CONSTANT.name not in plot.LABELS  # it is no service
