@@ -129,7 +129,13 @@ async def _swap(
     failures = sum(probe.version is None for probe in probes) + sum(load.errors for load in loads)
     requests = len(probes) + sum(load.requests for load in loads)
     return Found(
-        workers, swaps, requests, failures, inside, outside, [span.end - span.start - LOAD_SECONDS for span in spans]
+        workers,
+        swaps,
+        requests,
+        failures,
+        inside,
+        outside,
+        [max(0.0, span.end - span.start - LOAD_SECONDS) for span in spans],
     )
 
 
