@@ -473,8 +473,10 @@ def budgets(found: Found) -> list[Budget]:
         text = f"`serve` : hand-written scikit-learn, {kind}, 1,000 rows"
         rows.append(Budget(text, 1.0, rate(SERVE, INLINE, kind, LARGE)))
     weights = found.large.get(SERVE.name, {})
-    further = [(weights[count] - weights[1]) / (count - 1) for count in weights if count > 1 and 1 in weights]
-    rows.append(Budget("a further worker, 100 MB forest", 15.0, further, at_least=False, unit="MB"))
+    second = [weights[2] - weights[1]] if {1, 2} <= weights.keys() else []
+    further = [(weights[4] - weights[2]) / 2] if {2, 4} <= weights.keys() else []
+    for text, sizes in (("the second worker, with what looks after both", second), ("a worker beyond that", further)):
+        rows.append(Budget(f"{text}, 100 MB forest", 15.0, sizes, at_least=False, unit="MB"))
     four = [weights[4] / weights[1]] if {1, 4} <= weights.keys() else []
     rows.append(Budget("memory of four workers : one, 100 MB forest", 1.3, four, at_least=False))
     for text, figures in (("memory", found.memory), ("start to first answers", found.first_answers)):
