@@ -52,7 +52,7 @@ class Contender:
     environment: str = "handwritten"  # of `bench/peers/`
 
     def asked(self, question: Question) -> Question:
-        """Return what it is asked: MLServer's protocol has no missing word, so it is asked about rows that have them all."""
+        """Return what it is asked: MLServer answers wrongly where a word is null, so it gets the rows that have them all."""
         return question.with_every_word() if self.name == "mlserver" else question
 
     def body(self, question: Question, rows: Sequence[Any]) -> bytes:
@@ -129,7 +129,7 @@ def _mlserver(ground: Ground) -> Service:
         "http_port": port,
         "grpc_port": free_port(),
         "metrics_port": free_port(),
-        "parallel_workers": 0,  # in the process itself: on one core another one only adds a hop
+        "parallel_workers": 0,  # in the process itself; the default, a process beside it, has not been measured here
     }
     (folder / "settings.json").write_text(json.dumps(server))
     command = [str(python.with_name("mlserver")), "start", str(folder)]
