@@ -11,8 +11,8 @@ help:
 	@echo "make test   install what the tests need, then run them (ARGS='-k storage -x' goes to pytest)"
 	@echo "make lint   formatting, rules, types"
 	@echo "make conformance  the tests of the storage against Ceph's radosgw and Cloudflare's R2 emulator, where they can be had"
-	@echo "make bench  measure what loading costs (minutes), and write it into bench/RESULTS.md"
-	@echo "make clean  remove .venv, .demo, .conformance and caches"
+	@echo "make bench  measure loads and predictions, beside other servers (half an hour), into bench/RESULTS.md"
+	@echo "make clean  remove .venv, .bench, .demo, .conformance and caches"
 
 run: $(VENV)/installed
 	@$(PYTHON) -m demo
@@ -33,7 +33,7 @@ bench: $(VENV)/installed-dev
 	@$(PYTHON) -m bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) .demo .conformance .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage .coverage.*
+	rm -rf $(VENV) .bench .demo .conformance .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 TO_RUN := ml-requirements.txt requirements.txt demo/requirements.txt
