@@ -83,6 +83,7 @@ class Exchange(Job):
     __slots__ = ("disconnected", "keep_alive", "protocol", "response_complete", "response_started", "scope")
 
     message_event: ClassVar[_Unheard] = _Unheard()
+    more_body: ClassVar[bool] = False
 
     def __init__(self, protocol: DirectProtocol, target: Target, draft: Draft) -> None:
         super().__init__(target, len(draft), draft=draft)
@@ -269,7 +270,13 @@ class DirectProtocol(DrainingProtocol):
         self.transport.write(answer)
         if not exchange.keep_alive:
             self.transport.close()
-        if self._stopping or self.pipeline or self.flow.read_paused or self.timeout_keep_alive_task is None:
+        if (
+            self._stopping
+            or self._broken
+            or self.pipeline
+            or self.flow.read_paused
+            or self.timeout_keep_alive_task is None
+        ):
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1
@@ -286,6 +293,7 @@ class DirectProtocol(DrainingProtocol):
         self._ready = (
             self._between
             and not self._stopping
+            and not self._broken
             and not self.pipeline
             and (self.cycle is None or self.cycle.response_complete)
         )

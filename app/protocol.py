@@ -35,6 +35,7 @@ LINGER_SECONDS = 1.0  # how long a silent connection is kept open after the sign
 POLL_SECONDS = 0.02
 LAST_WORDS_SECONDS = 0.5  # for the answers to what was given up
 EXIT_SECONDS = 3.0  # beyond the drain; then the process ends whatever a model's thread is still computing
+GARBAGE = "Invalid HTTP request received."
 STOPPING = b'{"error":"model_not_ready","detail":"the service stopped before it could answer: try again"}'
 
 
@@ -42,6 +43,7 @@ class DrainingProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol, with an orderly end for connections that are kept alive."""
 
     _stopping = False
+    _broken = False  # what came behind the latest request was no HTTP
     _offer: bytes | None = None  # the head of a request that offers another protocol, without the offer
     _last: RequestResponseCycle | None = None  # the request whose answer is to say that the connection closes
 
@@ -60,6 +62,8 @@ class DrainingProtocol(HttpToolsProtocol):
 
         The parser drops the body of a request with such an offer, so the request is parsed once more without it.
         """
+        if self._broken:
+            return
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
@@ -69,7 +73,10 @@ class DrainingProtocol(HttpToolsProtocol):
                 self.parser = httptools.HttpRequestParser(self)
                 self.data_received(head + data[offer.args[0] :])
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+                self.send_400_response(GARBAGE)
+            else:  # what came whole before it is answered first
+                self._broken = True
 
     @override
     def on_headers_complete(self) -> None:
@@ -88,7 +95,11 @@ class DrainingProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on with the connection; once stopping, see to it that it ends even if nothing more comes."""
         super().on_response_complete()
-        if self._stopping and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._broken and self.cycle.response_complete:
+            self.send_400_response(GARBAGE)
+        elif self._stopping:
             self.loop.call_later(LINGER_SECONDS, self._close_if_silent)
 
     @override

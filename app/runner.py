@@ -14,8 +14,8 @@ import itertools
 import json
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
-from time import perf_counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from time import perf_counter, thread_time
 from typing import Any, override
 
 import numpy as np
@@ -103,6 +103,17 @@ class _Promise(Job):
     def fail(self, error: RequestError) -> None:
         if not self.future.done():
             self.future.set_exception(error)
+
+
+class CallerGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _abandon(job: _Promise, gone: Callable[[], Awaitable[object]]) -> None:
+    await gone()
+    job.awaited = False
+    if not job.future.done():
+        job.future.set_exception(CallerGone())
 
 
 class Target:
@@ -226,18 +237,27 @@ class Runner:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._flush)
 
-    async def ask(self, target: Target, count: int, **rows: Any) -> tuple[Result, int, int]:
+    async def ask(
+        self, target: Target, count: int, *, gone: Callable[[], Awaitable[object]] | None = None, **rows: Any
+    ) -> tuple[Result, int, int]:
         """Submit a job and wait for its rows of a result. Rows whose caller has gone are not computed.
 
-        Raises `Overloaded`, `PredictionTimeout`, and what `Model.predict` raises.
+        `gone` returns when the caller has. It is asked only where there is time for that: not of what is computed at once.
+        Raises `Overloaded`, `PredictionTimeout`, `CallerGone`, and what `Model.predict` raises.
         """
-        job = _Promise(asyncio.get_running_loop().create_future(), target, count, **rows)
+        loop = asyncio.get_running_loop()
+        job = _Promise(loop.create_future(), target, count, **rows)
         job.request_id = log.request_id.get()
         self.submit(job)
+        watching = None
+        if gone is not None and (self._computing is not None or not self._is_cheap(count)):
+            watching = loop.create_task(_abandon(job, gone))
         try:
             return await job.future
         finally:
             job.awaited = False
+            if watching is not None:
+                watching.cancel()
 
     async def predict(self, rows: Rows, method: str) -> Prediction:
         """Return the model's answer for the rows. Raises as `ask` does."""
@@ -263,13 +283,13 @@ class Runner:
         self._scheduled = False
         spent = 0.0
         while jobs := self._next_batch():
-            if not self.pace.measured or self.pace.expected(sum(job.count for job in jobs)) > INLINE_SECONDS:
+            if not self._is_cheap(sum(job.count for job in jobs)):
                 self._batch = jobs
                 self._computing = asyncio.get_running_loop().create_task(self._run())
                 return
-            begun = perf_counter()
-            self._finish(jobs, self._attempt(jobs), begun)
-            spent += perf_counter() - begun
+            outcome, seconds = self._attempt(jobs)
+            self._finish(jobs, outcome, seconds)
+            spent += seconds
             if self._queue and spent > INLINE_SECONDS:  # let the connections have a turn
                 self._scheduled = True
                 asyncio.get_running_loop().call_soon(self._flush)
@@ -280,15 +300,12 @@ class Runner:
         try:
             while jobs := self._batch:
                 self._watch_deadlines()
-                begun = perf_counter()
-                outcome = await self._worker.run(self._attempt, jobs)
-                self._finish(jobs, outcome, begun)
+                outcome, seconds = await self._worker.run(self._attempt, jobs)
+                self._finish(jobs, outcome, seconds)
                 self._batch = self._next_batch()
-                if self._batch and self.pace.measured:
-                    rows = sum(job.count for job in self._batch)
-                    if self.pace.expected(rows) <= INLINE_SECONDS:
-                        self._queue.extendleft(reversed(self._batch))
-                        self._batch = []
+                if self._batch and self._is_cheap(sum(job.count for job in self._batch)):
+                    self._queue.extendleft(reversed(self._batch))
+                    self._batch = []
         finally:
             self._computing = None
             self._batch = []
@@ -300,6 +317,10 @@ class Runner:
                 asyncio.get_running_loop().call_soon(self._flush)
             elif self._retired:  # somebody asked after all
                 self.close()
+
+    def _is_cheap(self, rows: int) -> bool:
+        """Whether so many rows are computed in the event loop."""
+        return self.pace.measured and self.pace.expected(rows) <= INLINE_SECONDS
 
     def _next_batch(self) -> list[Job]:
         """Take the oldest request that someone waits for, and those of its kind that fit beside it, in their order."""
@@ -338,8 +359,16 @@ class Runner:
             return job.target
         return (job.target, job.rows.kinds)
 
-    def _attempt(self, jobs: Sequence[Job]) -> Result | Exception:
-        """Compute a batch; return what it came to, or what was raised instead."""
+    def _attempt(self, jobs: Sequence[Job]) -> tuple[Result | Exception, float]:
+        """Compute a batch; return what it came to, or what was raised instead, and the seconds that this thread computed.
+
+        Not the seconds that passed: what else the machine does must not make a cheap model look like an expensive one.
+        """
+        begun = thread_time()
+        outcome = self._outcome(jobs)
+        return outcome, thread_time() - begun
+
+    def _outcome(self, jobs: Sequence[Job]) -> Result | Exception:
         try:
             if jobs[0].rows is not None:
                 rows = Rows.concatenate([job.rows for job in jobs if job.rows is not None])
@@ -353,7 +382,7 @@ class Runner:
         except BaseException as error:  # a SystemExit, from the code of somebody's model, would end the event loop
             return RuntimeError(f"{type(error).__name__} was raised: {error}")
 
-    def _finish(self, jobs: Sequence[Job], outcome: Result | Exception, begun: float) -> None:
+    def _finish(self, jobs: Sequence[Job], outcome: Result | Exception, seconds: float) -> None:
         """Hand a batch's outcome to its jobs. Of a batch that failed, each job is put back to be run alone."""
         now = perf_counter()
         counters = self.counters
@@ -374,7 +403,7 @@ class Runner:
                 counters.answered(job.count, now - job.started)
                 job.succeed(outcome, start, stop)
             start = stop
-        self.pace.learn(start, now - begun)
+        self.pace.learn(start, seconds)
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, RequestError):

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from app.api import errors
 from app.errors import InvalidInput, InvalidJson, InvalidRequest, ModelNotFound, RequestError, RequestTooLarge
 from app.intake import Draft, open_envelope
 from app.registry import Registry
-from app.runner import Target
+from app.runner import CallerGone, Target
 from app.signature import Rows
 
 logger = logging.getLogger("diskless.api")
@@ -34,6 +34,7 @@ DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that it
 MAX_LABEL = 100  # characters of a model name, a version, an alias; no method's name is longer
 
 Scope = MutableMapping[str, Any]
+Gone = Callable[[], Awaitable[object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +92,25 @@ class Predictor:
             return None
         return target, draft
 
-    async def answer(self, body: bytes, name: str | None = None) -> Answer:
-        """Return the answer to a request's body; `name` is the model that the path named, if it did."""
+    async def answer(self, body: bytes, name: str | None = None, gone: Gone | None = None) -> Answer:
+        """Return the answer to a request's body; `name` is the model that the path named, if it did.
+
+        `gone` returns when the caller has gone; then `CallerGone` is raised.
+        """
         try:
             asked = self.plain(body, name)
             if asked is not None:
                 target, draft = asked
-                result, start, stop = await target.runner.ask(target, len(draft), draft=draft)
+                result, start, stop = await target.runner.ask(target, len(draft), gone=gone, draft=draft)
             else:
                 call = self.decode(body, name)
                 target = call.target
-                result, start, stop = await target.runner.ask(target, call.rows.count, rows=call.rows)
+                result, start, stop = await target.runner.ask(target, call.rows.count, gone=gone, rows=call.rows)
             return Answer(200, target.encode(result, start, stop))
         except RequestError as error:
             return Answer(*errors.encode(error))
+        except CallerGone:
+            raise
         except Exception:
             logger.exception("a prediction request failed")
             return Answer(*errors.internal())
@@ -151,14 +157,22 @@ class Predictor:
         """Read an ASGI request's body and answer it; None when the caller has gone."""
         try:
             body = await self._body(scope, receive)
-        except _Gone:
+        except CallerGone:
             return None
         except RequestTooLarge as error:
             status, encoded, headers = errors.encode(error)
             if scope["http_version"].startswith("1"):
                 headers["connection"] = "close"
             return Answer(status, encoded, headers, unread=True)
-        return await self.answer(body, name)
+
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        try:
+            return await self.answer(body, name, gone)
+        except CallerGone:
+            return None
 
     async def _body(self, scope: Scope, receive: Any) -> bytes:
         """Read the body, and no more of it than the limit: what announces itself as larger is not read at all."""
@@ -170,7 +184,7 @@ class Predictor:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise _Gone
+                raise CallerGone
             piece = message.get("body", b"")
             size += len(piece)
             if size > self.max_body_bytes:
@@ -181,10 +195,6 @@ class Predictor:
 
     def _too_large(self, got: str) -> RequestTooLarge:
         return RequestTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
-
-
-class _Gone(Exception):
-    """The caller has closed the connection."""
 
 
 def predicted_model(scope: Scope) -> tuple[bool, str | None]:

@@ -1,0 +1,415 @@
+"""Two processes with the same models: one answers plain requests in the protocol, the other all of them as an ASGI application.
+
+What goes over the sockets must be the same, whatever is sent: status, headers, body, and whether the connection stays open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from app.model_storage import ModelStorageManager
+from app.storage.local import LocalStorage
+from tests import toys
+from tests.service import COMMAND, Service, connected, running
+from tests.trusted import TRUST
+
+MUTATIONS = int(os.environ.get("DISKLESS_MUTATIONS", "2000"))
+LIMIT_BYTES = 200_000
+SILENCE_SECONDS = 0.25  # after which an answer is not expected any more; where the two differ, it is waited longer
+PATIENCE_SECONDS = 5.0
+POINTS = np.arange(24.0).reshape(8, 3)
+ID = re.compile(rb"[0-9a-f]{32}\Z")
+AS_ASGI = (
+    sys.executable,
+    "-c",
+    "import sys; from app import direct; from app.protocol import DrainingProtocol;"
+    "direct.protocol_for = lambda predictor: DrainingProtocol; from app.cli import main; sys.exit(main(['serve']))",
+)
+RESET = b"reset"
+END = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Iterator[tuple[Service, Service]]:
+    """The two services: the protocol's answers first, the application's second."""
+    folder = tmp_path_factory.mktemp("bucket")
+    manager = ModelStorageManager(LocalStorage(folder), trust=TRUST)
+    scaler = StandardScaler().fit(POINTS)
+    model = LogisticRegression().fit(scaler.transform(POINTS), list("aabbabab"))
+    manager.save("letters", model, scaler=scaler, examples=POINTS)
+    manager.save("sum", toys.Sum(), examples=POINTS)
+    manager.save("naps", toys.Naps(), examples=np.zeros((2, 3)))
+    environment = {
+        "ML_CLOUD_ONLY": "false",
+        "ML_LOCAL_DIR": str(folder),
+        "ML_MAX_BODY_BYTES": str(LIMIT_BYTES),
+        "ML_MAX_ROWS": "100",
+        "ML_PREDICT_TIMEOUT_SECONDS": "2",
+    }
+    with running(environment) as one, running(environment, command=AS_ASGI) as other:
+        yield one.wait_ready(), other.wait_ready()
+
+
+def body(**request: Any) -> bytes:
+    return json.dumps(request).encode()
+
+
+def post(
+    content: bytes, *headers: bytes, path: bytes = b"/predict", version: bytes = b"1.1", length: Any = None
+) -> bytes:
+    lines = [b"POST %b HTTP/%b" % (path, version), b"Host: x", b"Content-Type: application/json"]
+    lines += [b"Content-Length: %d" % len(content)] if length is None else [length] if length else []
+    return b"\r\n".join((*lines, *headers)) + b"\r\n\r\n" + content
+
+
+def chunked(content: bytes, *headers: bytes, size: int = 7) -> bytes:
+    pieces = [content[start : start + size] for start in range(0, len(content), size)]
+    encoded = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    return post(encoded, b"Transfer-Encoding: chunked", *headers, length=b"")
+
+
+SUM = body(model="sum", instances=[[1, 2, 3.5]])
+GOOD = {
+    "plain": post(SUM),
+    "objects": post(body(model="letters", instances=[[1.5, 2, 3], [0, 0, 0]], method="predict_proba")),
+    "version": post(body(model="sum", version=1, instances=[[1, 2, 3]])),
+    "alias": post(body(model="letters", alias="production", instances=[[1, 2, 3]])),
+    "path": post(body(instances=[[1, 2, 3]]), path=b"/models/sum/predict"),
+    "request id": post(SUM, b"X-Request-ID: abc-1"),
+    "id in capitals": post(SUM, b"X-REQUEST-ID: ABC"),
+    "a strange id": post(SUM, b"X-Request-ID: a b"),
+    "an empty id": post(SUM, b"X-Request-ID:"),
+    "two ids": post(SUM, b"X-Request-ID: one", b"X-Request-ID: two"),
+    "gzip not asked for": post(SUM, b"Accept-Encoding: gzip"),
+    "nulls": post(body(model="letters", instances=[[None, 2, 3]])),
+    "no answer that is a number": post(body(model="sum", instances=[[1e308, 1e308, 1e308]])),
+    "many rows": post(body(model="letters", instances=[[1, 2, 3]] * 100, method="predict_proba")),
+    "connection keep-alive": post(SUM, b"Connection: keep-alive"),
+    "a query": post(SUM, path=b"/predict?x=1"),
+    "an encoded path": post(SUM, path=b"/%70redict"),
+    "an absolute address": post(SUM, path=b"http://x/predict"),
+    "chunked": chunked(SUM),
+    "expect": post(SUM, b"Expect: 100-continue"),
+    "folded": post(SUM, b"X-Folded: a\r\n b"),
+    "huge headers": post(SUM, b"X-Huge: " + b"h" * 30_000),
+    "many headers": post(SUM, *(b"X-%d: y" % number for number in range(90))),
+    "a large body": post(b" " * 150_000 + SUM),
+    "an offer of http2": post(
+        SUM, b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABk"
+    ),
+}
+BAD = {
+    "no json": post(b"{"),
+    "nothing": post(b""),
+    "a list": post(b"[1]"),
+    "unknown field": post(body(model="sum", instances=[[1, 2, 3]], inputs=1)),
+    "unknown model": post(body(model="none", instances=[[1, 2, 3]])),
+    "no model": post(body(instances=[[1, 2, 3]])),
+    "another model in the path": post(SUM, path=b"/models/letters/predict"),
+    "a model that is no name": post(SUM, path=b"/models/a%20b/predict"),
+    "unknown version": post(body(model="sum", version="9", instances=[[1, 2, 3]])),
+    "version and alias": post(body(model="sum", version="1", alias="production", instances=[[1, 2, 3]])),
+    "empty version": post(body(model="sum", version="", instances=[[1, 2, 3]])),
+    "unknown method": post(body(model="sum", method="predict_proba", instances=[[1, 2, 3]])),
+    "empty method": post(body(model="sum", method="", instances=[[1, 2, 3]])),
+    "no rows": post(body(model="sum", instances=[])),
+    "too many rows": post(body(model="sum", instances=[[1, 2, 3]] * 101)),
+    "a short row": post(body(model="letters", instances=[[1, 2]])),
+    "a word": post(body(model="letters", instances=[[1, 2, "x"]])),
+    "a boolean": post(body(model="letters", instances=[[1, 2, True]])),
+    "beyond floats": post(b'{"model":"letters","instances":[[1,2,1e400]]}'),
+    "nan": post(b'{"model":"letters","instances":[[1,2,NaN]]}'),
+    "a surrogate": post(b'{"model":"\\ud800","instances":[[1,2,3]]}'),
+    "not utf-8": post(b'{"model":"\xff","instances":[[1,2,3]]}'),
+    "deep": post(b'{"model":"sum","instances":' + b"[" * 2000 + b"]" * 2000 + b"}"),
+    "get": b"GET /predict HTTP/1.1\r\nHost: x\r\n\r\n",
+    "options": b"OPTIONS /predict HTTP/1.1\r\nHost: x\r\n\r\n",
+    "put": post(SUM).replace(b"POST", b"PUT", 1),
+    "elsewhere": post(SUM, path=b"/predict/"),
+    "in lower case": post(SUM).replace(b"POST", b"post", 1),
+}
+# These end the connection, or must not be the last thing on it.
+ENDS = {
+    "closing": post(SUM, b"Connection: close"),
+    "http 1.0": post(SUM, version=b"1.0"),
+    "http 1.0 kept alive": post(SUM, b"Connection: keep-alive", version=b"1.0"),
+    "head": b"HEAD /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "head of health": b"HEAD /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "both lengths": chunked(SUM, b"Content-Length: 5"),
+    "two lengths": post(SUM, b"Content-Length: 3"),
+    "the same length twice": post(SUM, b"Content-Length: %d" % len(SUM)),
+    "a length that is no number": post(SUM, length=b"Content-Length: x"),
+    "a negative length": post(SUM, length=b"Content-Length: -5"),
+    "a signed length": post(SUM, length=b"Content-Length: +5"),
+    "a huge length": post(SUM, length=b"Content-Length: 99999999999999999999999"),
+    "a list of lengths": post(SUM, length=b"Content-Length: 5, 5"),
+    "no length": post(SUM, length=b""),
+    "beyond the limit": post(b" " * (LIMIT_BYTES + 1)),
+    "at the limit": post(b" " * (LIMIT_BYTES - len(SUM)) + SUM, b"Connection: close"),
+    "beyond the limit, announced only": post(b"x", length=b"Content-Length: %d" % (LIMIT_BYTES + 1)),
+    "chunked beyond the limit": chunked(b" " * (LIMIT_BYTES + 1), size=50_000),
+    "bare line feeds": post(SUM, b"Connection: close").replace(b"\r\n", b"\n"),
+    "a line feed among the headers": post(SUM, b"X-Y: 1\nX-Z: 2", b"Connection: close"),
+    "a header without a name": post(SUM, b": x"),
+    "a blank in a name": post(SUM, b"X Y: z"),
+    "a null in a header": post(SUM, b"X: a\x00b"),
+    "garbage": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "http 2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "http 3.7": post(SUM, version=b"3.7"),
+    "connect": b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "empty lines first": b"\r\n\r\n" + post(SUM, b"Connection: close"),
+    "an empty line, then a known head": b"\r\n\r\n" + post(SUM) + END,
+}
+
+
+def normal(received: bytes) -> bytes:
+    """Take out what is another each time: the date, and an id that the service made."""
+    lines = []
+    for line in received.split(b"\r\n"):
+        name, _, value = line.partition(b": ")
+        if name == b"date":
+            line = b"date"
+        elif name == b"x-request-id" and ID.match(value):
+            line = b"x-request-id: made"
+        else:
+            line = re.sub(rb"under request id [0-9a-f]{32}", b"under request id made", line)
+        lines.append(line)
+    return b"\r\n".join(lines)
+
+
+async def talk(service: Service, pieces: Sequence[bytes], silence: float) -> tuple[bytes, bool]:
+    """Send pieces, each in a segment of its own; return what came, and whether the service ended the connection."""
+    received = bytearray()
+    async with connected("127.0.0.1", service.port) as (reader, writer):
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                if len(pieces) > 1:
+                    await asyncio.sleep(0.002)
+        try:
+            while True:
+                async with asyncio.timeout(silence):
+                    more = await reader.read(65536)
+                if not more:
+                    return normal(bytes(received)), True
+                received += more
+        except TimeoutError:
+            return normal(bytes(received)), False
+        except ConnectionError:  # closed while we were still sending: the kernel may have dropped what was answered
+            return RESET, True
+
+
+async def differs(pair: tuple[Service, Service], pieces: Sequence[bytes]) -> str | None:
+    """Return how the two services differ over these pieces, None if they do not. A late answer is no difference."""
+    for silence in (SILENCE_SECONDS, 1.0, PATIENCE_SECONDS):
+        one, other = await asyncio.gather(*(talk(service, pieces, silence) for service in pair))
+        if one == other or (RESET in (one[0], other[0]) and one[1] and other[1]):
+            return None
+    return f"sent {b''.join(pieces)[:600]!r}\nthe protocol:    {one!r:.1500}\nthe application: {other!r:.1500}"
+
+
+def pieces_of(sent: bytes, seed: int) -> list[bytes]:
+    places = sorted(random.Random(seed).sample(range(1, len(sent)), k=min(3, len(sent) - 1)))
+    return [sent[start:stop] for start, stop in zip([0, *places], [*places, len(sent)], strict=True)]
+
+
+@pytest.mark.parametrize("name", [*GOOD, *BAD])
+async def test_both_give_the_same_answer_first_and_again_and_in_pieces_and_in_a_row(pair, name):
+    sent = {**GOOD, **BAD}[name]
+    plain = GOOD["plain"]
+    for pieces in (
+        [sent, END],
+        [sent, sent, END],  # its head is known the second time
+        pieces_of(sent + END, 1),
+        [sent.partition(b"\r\n\r\n")[0] + b"\r\n\r\n", sent.partition(b"\r\n\r\n")[2] or b"\r\n", END],
+        [sent + sent + END],
+        [plain, plain + sent + plain, END],
+        [sent + plain, plain + END],
+    ):
+        difference = await differs(pair, pieces)
+        assert difference is None, difference
+
+
+@pytest.mark.parametrize("name", ENDS)
+async def test_both_end_a_connection_in_the_same_way(pair, name):
+    plain = GOOD["plain"]
+    for pieces in ([ENDS[name]], [plain, ENDS[name]], [plain + ENDS[name]], pieces_of(ENDS[name], 2)):
+        difference = await differs(pair, pieces)
+        assert difference is None, difference
+
+
+@pytest.mark.parametrize("name", ["plain", "request id", "a word", "chunked"])
+async def test_a_request_may_be_split_at_every_byte(pair, name):
+    sent = {**GOOD, **BAD}[name]
+    splits = [[sent[:place], sent[place:] + END] for place in range(1, len(sent))]
+    found = await asyncio.gather(*(differs(pair, pieces) for pieces in splits))
+    assert not [difference for difference in found if difference], next(filter(None, found))
+
+    for service in pair:
+        received, closed = await talk(service, [bytes([byte]) for byte in sent + END], PATIENCE_SECONDS)
+        assert closed
+        assert received.startswith(b"HTTP/1.1 ")
+        assert received.count(b"HTTP/1.1 ") == 2
+
+
+@pytest.mark.parametrize("name", ["plain", "objects", "a large body"])
+async def test_a_client_that_ends_or_breaks_off_early_leaves_nothing_behind(pair, name):
+    sent = GOOD[name]
+    for service in pair:
+        for place in (1, len(sent) // 2, len(sent) - 1, len(sent)):
+            for half in (True, False):
+                with socket.create_connection(("127.0.0.1", service.port)) as connection:
+                    connection.sendall(sent[:place])
+                    if half:
+                        connection.shutdown(socket.SHUT_WR)
+                        connection.settimeout(PATIENCE_SECONDS)
+                        assert connection.recv(65536) == b"" or place == len(sent)
+        received, _ = await talk(service, [GOOD["plain"], END], PATIENCE_SECONDS)
+        assert b'"predictions":[6.5]' in received
+
+
+async def test_mutations_of_requests_give_the_same_answers(pair):
+    chosen = random.Random(11)
+    seeds = [*GOOD.values(), *BAD.values(), *ENDS.values()]
+    seeds = [seed for seed in seeds if len(seed) < 3000]
+    limit = asyncio.Semaphore(50)
+
+    async def one(sent: bytes, in_pieces: bool) -> str | None:
+        async with limit:
+            return await differs(pair, pieces_of(sent, len(sent)) if in_pieces and len(sent) > 1 else [sent])
+
+    found = await asyncio.gather(
+        *(one(mutated(chosen, seeds) + chosen.choice([b"", END]), number % 4 == 0) for number in range(MUTATIONS))
+    )
+    differences = [difference for difference in found if difference]
+    assert not differences, f"{len(differences)} differ: " + "\n\n".join(differences[:5])
+    for service in pair:
+        assert service.predict(model="sum", instances=[[1, 2, 3]]).json()["predictions"] == [6.0]
+
+
+def mutated(chosen: random.Random, seeds: Sequence[bytes]) -> bytes:
+    """Change a few bytes of a request, or put pieces of several together."""
+    sent = bytearray(chosen.choice(seeds))
+    for _ in range(chosen.randint(1, 4)):
+        place = chosen.randrange(len(sent) + 1)
+        how = chosen.randrange(6)
+        if how == 0 and place < len(sent):
+            sent[place] = chosen.randrange(256)
+        elif how == 1:
+            sent[place:place] = chosen.choice(
+                [b"\r\n", b"\n", b"\r\n\r\n", b" ", b":", b"\x00", b"0", b",", b"]", b'"']
+            )
+        elif how == 2:
+            del sent[place : place + chosen.randint(1, 20)]
+        elif how == 3:
+            sent[place:place] = sent[place : place + chosen.randint(1, 30)]
+        elif how == 4:
+            other = chosen.choice(seeds)
+            cut = chosen.randrange(len(other))
+            sent[place:place] = other[cut : cut + chosen.randint(1, 60)]
+        else:
+            del sent[place:]
+            sent += chosen.choice(seeds)
+    return bytes(sent)
+
+
+# A client that does not read; many clients that share a head; what is dropped and what times out
+
+
+async def test_a_client_that_does_not_read_is_not_answered_without_end(pair):
+    rows = 100
+    request = post(body(model="letters", method="predict_proba", instances=[[1.5, 2, 3]] * rows))
+    for service in pair:
+        with socket.create_connection(("127.0.0.1", service.port)) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.setblocking(False)
+            sent = 0
+            quiet = 0
+            while quiet < 50 and sent < 50_000_000:
+                try:
+                    sent += connection.send(request)
+                    quiet = 0
+                except BlockingIOError:
+                    quiet += 1
+                    await asyncio.sleep(0.01)
+            assert sent < 50_000_000  # the service has stopped to read, and the sender is held up
+        assert service.predict(model="sum", instances=[[1, 2, 3]]).status_code == 200
+
+
+async def test_a_late_answer_is_the_same_time_out_and_its_connection_goes_on(pair):
+    late = post(body(model="naps", instances=[[2.5, 0, 0]]), b"X-Request-ID: late")
+    found = await asyncio.gather(*(talk(service, [late, GOOD["plain"] + END], 20) for service in pair))
+
+    assert found[0] == found[1]
+    assert found[0][0].startswith(b"HTTP/1.1 504 ")
+    assert found[0][0].count(b"HTTP/1.1 200 ") == 2
+
+
+async def test_who_has_gone_is_not_computed(pair):
+    for service in pair:
+        before = service.model("naps")["rows"]
+        held = post(body(model="naps", instances=[[0.4, 0, 0]]))
+        async with several(service, 1) as (first,), several(service, 5) as gone:
+            first.write(held)
+            await first.drain()
+            await asyncio.sleep(0.1)  # it is being computed; the others wait behind it
+            for writer in gone:
+                writer.write(held)
+                await writer.drain()
+            await asyncio.sleep(0.05)
+        started = time.monotonic()
+        assert service.predict(model="naps", instances=[[0.0, 0, 0]]).status_code == 200
+        assert time.monotonic() - started < 1.9  # of the five, each would have taken its time
+        assert service.model("naps")["rows"] <= before + 2
+
+
+@contextlib.asynccontextmanager
+async def several(service: Service, count: int) -> AsyncIterator[list[asyncio.StreamWriter]]:
+    """Open connections, and break them off."""
+    writers = [(await asyncio.open_connection("127.0.0.1", service.port))[1] for _ in range(count)]
+    try:
+        yield writers
+    finally:
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def test_hundreds_of_connections_get_their_own_answers(pair):
+    service = pair[0]
+
+    async def ask(number: int) -> None:
+        async with connected("127.0.0.1", service.port) as (reader, writer):
+            for step in range(20):
+                values = [float(number), float(step), 0.25]
+                content = body(model="sum", instances=[values])
+                headers = [b"X-Request-ID: %d-%d" % (number, step)] if step % 2 else []
+                writer.write(post(content, *headers))
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(re.search(rb"content-length: (\d+)", head)[1])
+                answer = json.loads(await reader.readexactly(length))
+                assert answer["predictions"] == [sum(values)]
+                assert not headers or b"x-request-id: %d-%d\r\n" % (number, step) in head
+
+    await asyncio.gather(*(ask(number) for number in range(300)))
+
+
+def test_the_commands_differ_in_the_protocol_only():
+    assert COMMAND[-1] == "serve"
+    assert "DrainingProtocol" in AS_ASGI[-1]
