@@ -109,8 +109,9 @@ class CallerGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def _abandon(job: _Promise, gone: Callable[[], Awaitable[object]]) -> None:
-    await gone()
+async def _abandon(job: _Promise, receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
     job.awaited = False
     if not job.future.done():
         job.future.set_exception(CallerGone())
@@ -238,11 +239,12 @@ class Runner:
             asyncio.get_running_loop().call_soon(self._flush)
 
     async def ask(
-        self, target: Target, count: int, *, gone: Callable[[], Awaitable[object]] | None = None, **rows: Any
+        self, target: Target, count: int, receive: Callable[[], Awaitable[Any]] | None = None, **rows: Any
     ) -> tuple[Result, int, int]:
         """Submit a job and wait for its rows of a result. Rows whose caller has gone are not computed.
 
-        `gone` returns when the caller has. It is asked only where there is time for that: not of what is computed at once.
+        `receive` is ASGI's, of a request whose body has been read: it tells when the caller has gone. It is asked only where
+        there is time for that: not when the rows are computed at once.
         Raises `Overloaded`, `PredictionTimeout`, `CallerGone`, and what `Model.predict` raises.
         """
         loop = asyncio.get_running_loop()
@@ -250,8 +252,8 @@ class Runner:
         job.request_id = log.request_id.get()
         self.submit(job)
         watching = None
-        if gone is not None and (self._computing is not None or not self._is_cheap(count)):
-            watching = loop.create_task(_abandon(job, gone))
+        if receive is not None and (self._computing is not None or not self._is_cheap(count)):
+            watching = loop.create_task(_abandon(job, receive))
         try:
             return await job.future
         finally:

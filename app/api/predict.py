@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,15 +34,6 @@ DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that it
 MAX_LABEL = 100  # characters of a model name, a version, an alias; no method's name is longer
 
 Scope = MutableMapping[str, Any]
-Gone = Callable[[], Awaitable[object]]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A request that may be run: which method of which model, for which rows."""
-
-    target: Target
-    rows: Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,31 +83,8 @@ class Predictor:
             return None
         return target, draft
 
-    async def answer(self, body: bytes, name: str | None = None, gone: Gone | None = None) -> Answer:
-        """Return the answer to a request's body; `name` is the model that the path named, if it did.
-
-        `gone` returns when the caller has gone; then `CallerGone` is raised.
-        """
-        try:
-            asked = self.plain(body, name)
-            if asked is not None:
-                target, draft = asked
-                result, start, stop = await target.runner.ask(target, len(draft), gone=gone, draft=draft)
-            else:
-                call = self.decode(body, name)
-                target = call.target
-                result, start, stop = await target.runner.ask(target, call.rows.count, gone=gone, rows=call.rows)
-            return Answer(200, target.encode(result, start, stop))
-        except RequestError as error:
-            return Answer(*errors.encode(error))
-        except CallerGone:
-            raise
-        except Exception:
-            logger.exception("a prediction request failed")
-            return Answer(*errors.internal())
-
-    def decode(self, body: bytes, name: str | None) -> Call:
-        """Parse and validate a request. Raises the `RequestError` that says what is wrong with it."""
+    def decode(self, body: bytes, name: str | None) -> tuple[Target, Rows]:
+        """Parse and validate any request. Raises the `RequestError` that says what is wrong with it."""
         try:
             request = orjson.loads(body)
         except orjson.JSONDecodeError as error:
@@ -148,31 +116,34 @@ class Predictor:
                 f"{runner.model.ref.name} has no method {method!r}; it has {', '.join(signature.methods)}"
             )
         try:
-            return Call(runner.targets[method], signature.validate(request["instances"], max_rows=self.max_rows))
+            return runner.targets[method], signature.validate(request["instances"], max_rows=self.max_rows)
         except InvalidInput:
             runner.counters.failed()
             raise
 
     async def handle(self, scope: Scope, receive: Any, name: str | None) -> Answer | None:
-        """Read an ASGI request's body and answer it; None when the caller has gone."""
+        """Answer an ASGI request; `name` is the model that the path named, if it did. None when the caller has gone."""
         try:
             body = await self._body(scope, receive)
-        except CallerGone:
-            return None
-        except RequestTooLarge as error:
+            asked = self.plain(body, name)
+            if asked is not None:
+                target, draft = asked
+                result, start, stop = await target.runner.ask(target, len(draft), receive, draft=draft)
+            else:
+                target, rows = self.decode(body, name)
+                result, start, stop = await target.runner.ask(target, rows.count, receive, rows=rows)
+            return Answer(200, target.encode(result, start, stop))
+        except RequestError as error:
             status, encoded, headers = errors.encode(error)
-            if scope["http_version"].startswith("1"):
+            unread = isinstance(error, _BodyTooLarge)
+            if unread and scope["http_version"].startswith("1"):
                 headers["connection"] = "close"
-            return Answer(status, encoded, headers, unread=True)
-
-        async def gone() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        try:
-            return await self.answer(body, name, gone)
+            return Answer(status, encoded, headers, unread)
         except CallerGone:
             return None
+        except Exception:
+            logger.exception("a prediction request failed")
+            return Answer(*errors.internal())
 
     async def _body(self, scope: Scope, receive: Any) -> bytes:
         """Read the body, and no more of it than the limit: what announces itself as larger is not read at all."""
@@ -193,8 +164,12 @@ class Predictor:
             if not message.get("more_body", False):
                 return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _too_large(self, got: str) -> RequestTooLarge:
-        return RequestTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
+    def _too_large(self, got: str) -> _BodyTooLarge:
+        return _BodyTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
+
+
+class _BodyTooLarge(RequestTooLarge):
+    """A part of the request was not read."""
 
 
 def predicted_model(scope: Scope) -> tuple[bool, str | None]:
