@@ -250,6 +250,21 @@ async def test_an_answer_that_is_given_up_in_the_middle_is_cut():
         assert await reader.read() == b""
 
 
+async def test_a_request_before_garbage_is_answered_before_the_garbage():
+    app = Application(held=True)
+    async with served(app) as (server, sock), connected(*sock.getsockname()) as (reader, writer):
+        writer.write(GET % b"1" + GET % b"2" + b"\x00garbage\r\n\r\n")
+        await until(lambda: app.begun)
+        writer.write(b"more of it")
+        app.go.set()
+        received = await reader.read()
+        good, _, bad = received.partition(b"HTTP/1.1 400 ")
+
+        assert answers(good) == [("/1", False), ("/2", False)]
+        assert b"Invalid HTTP request" in bad
+        await server.shutdown([sock])
+
+
 OFFER = b"POST /p HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
 
 

@@ -13,7 +13,7 @@ from app import inspection
 from app.errors import InvalidInput, Overloaded, PredictionFailed, PredictionTimeout
 from app.model import Model
 from app.names import ModelRef
-from app.runner import Runner
+from app.runner import INLINE_SECONDS, CallerGone, Pace, Runner
 from tests import estimators
 from tests.repository import ROWS, linear
 
@@ -249,3 +249,94 @@ async def test_quantiles_come_from_the_answers_only():
     assert set(quantiles) == {"p50", "p90", "p99"}
     assert 0 < quantiles["p50"] <= quantiles["p90"] <= quantiles["p99"]
     await runner.retire()
+
+
+CHEAP = {1: 1e-6, 64: 2e-6, 1000: 1e-5}
+
+
+async def test_what_is_cheap_is_computed_in_the_event_loop_without_a_thread():
+    runner = made(linear(1), costs=CHEAP)
+    answers = await asyncio.gather(*(ask(runner, [[value, 0, 0]]) for value in range(50)))
+
+    assert answers == [[pytest.approx(value + 1)] for value in range(50)]
+    assert runner.counters.batches == 1  # one turn of the event loop brought them all
+    assert all(thread.name != "predict sum" for thread in threading.enumerate())
+    await runner.retire()
+
+
+async def test_in_the_event_loop_too_one_bad_row_fails_its_caller_only():
+    runner = made(estimators.Picky(), costs=CHEAP)
+    answers = await asyncio.gather(
+        *(ask(runner, [[value, 0, 0]]) for value in (1, -1, 2, -2, 3)), return_exceptions=True
+    )
+
+    assert [answers[position] for position in (0, 2, 4)] == [[1], [2], [3]]
+    assert all(isinstance(answers[position], PredictionFailed) for position in (1, 3))
+    assert (runner.counters.requests, runner.counters.errors) == (5, 2)
+    await runner.retire()
+
+
+async def test_a_model_that_would_end_the_process_does_not_end_the_event_loop():
+    runner = made(estimators.Leaves(), costs=CHEAP)
+    for _ in range(2):
+        with pytest.raises(PredictionFailed):
+            await ask(runner, [[1, 1, 1]])
+    await runner.retire()
+
+
+async def test_what_turns_out_to_be_expensive_leaves_the_event_loop():
+    runner = made(estimators.Burning(0.002), costs=CHEAP)
+    for _ in range(20):
+        await ask(runner, [[1, 1, 1]])
+
+    assert runner.pace.expected(1) > INLINE_SECONDS
+    assert any(thread.name == "predict sum" for thread in threading.enumerate())
+    await runner.retire()
+    await no_thread("predict sum")
+
+
+async def test_a_batch_is_no_longer_than_the_latency_that_it_may_take(gate):
+    costs = {1: 0.001, 64: 0.02, 1000: 0.3}
+    runner = made(estimators.Gated(), costs=costs)
+    first = asyncio.create_task(ask(runner, [[0, 0, 0]]))
+    await started()
+    others = [asyncio.create_task(ask(runner, [[value, 0, 0]])) for value in range(300)]
+    await settled()
+    gate.set()
+    await asyncio.gather(first, *others)
+
+    assert runner.counters.batches >= 3
+    await runner.retire()
+
+
+async def test_whoever_has_gone_is_not_computed(gate):
+    runner = made(estimators.Gated())
+    rows = rows_of(runner, [[1, 1, 1]])
+    left = asyncio.Event()
+
+    async def receive():
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    first = asyncio.create_task(ask(runner, [[0, 0, 0]]))
+    await started()
+    asking = asyncio.create_task(runner.ask(runner.default, 1, receive, rows=rows))
+    await settled()
+    left.set()
+    with pytest.raises(CallerGone):
+        await asking
+    gate.set()
+    await first
+
+    assert runner.counters.rows == 1
+    await runner.retire()
+
+
+@pytest.mark.parametrize("costs", [{1: 1e-5}, {1: 1e-5, 64: 1e-4}, {1: 5e-3, 64: 1e-4, 1000: 1e-2}])
+def test_expected_costs_never_fall_below_those_of_a_row(costs):
+    pace = Pace(costs)
+
+    assert pace.expected(1) == pytest.approx(costs[1], rel=1)
+    assert all(pace.expected(rows) >= min(costs.values()) for rows in (1, 2, 63, 64, 65, 999, 5000, 10**7))
+    assert pace.rows_within(0.0) == 1
+    assert pace.rows_within(1e9) >= 1 << 19
