@@ -41,7 +41,8 @@ class ClassLabels(Op, kind="class_labels"):
 
     @override
     def run(self, value: Any) -> Array:
-        return self._array[value]
+        named: Array = self._array[value]
+        return named
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +70,13 @@ class Linear(Op, kind="linear"):
 
     @override
     def run(self, value: Any) -> Array:
-        scores = _sparse_product(value, self.coefficients) if isinstance(value, Sparse) else value @ self._transposed
+        scores = sparse_product(value, self.coefficients) if isinstance(value, Sparse) else value @ self._transposed
         if self.intercept is not None:
             scores = scores + self.intercept
         return scores.reshape(-1) if self.flat else scores
 
 
-def _sparse_product(value: Sparse, coefficients: Array) -> Array:
+def sparse_product(value: Sparse, coefficients: Array) -> Array:
     """Return the product, each sum in the order of its row's values."""
     if coefficients.shape[-1] != value.width:
         raise ValueError(f"X has {value.width} features, but {coefficients.shape[-1]} are expected")
@@ -112,16 +113,20 @@ class Shift(Op, kind="shift"):
 
 @dataclass(frozen=True, eq=False)
 class Classify(Op, kind="classify"):
-    """The label of the largest score, or of two by the sign of the only one, which is above `threshold` for the second."""
+    """The label of the largest score, or of two by the sign of the only one, which is above `threshold` (or, `inclusive`, at it) for the second."""
 
     scores: Op
     labels: ClassLabels
     threshold: float = 0.0
+    inclusive: bool = False
 
     @override
     def run(self, value: Any) -> Array:
         scores = self.scores.run(value)
-        numbers = (scores > self.threshold).astype(np.intp) if scores.ndim == 1 else scores.argmax(axis=1)
+        if scores.ndim > 1:
+            numbers = scores.argmax(axis=1)
+        else:
+            numbers = (scores >= self.threshold if self.inclusive else scores > self.threshold).astype(np.intp)
         return self.labels.run(numbers)
 
 

@@ -31,10 +31,14 @@ class Elementwise(Op):
 
 @dataclass(frozen=True, eq=False)
 class Numbers(Part, kind="numbers"):
-    """Some columns of a table or of a matrix, all without `columns`, as float64, and then number by number."""
+    """Some columns of a table or of a matrix, all without `columns`, as float64, and then number by number.
+
+    They lie in memory by columns if they come from a table, or if `by_columns`.
+    """
 
     columns: tuple[int, ...] | None
     steps: tuple[Op, ...]
+    by_columns: bool = False
 
     @override
     def check(self) -> None:
@@ -76,7 +80,7 @@ class Numbers(Part, kind="numbers"):
             if isinstance(index, slice):
                 if index.stop is not None and index.stop > value.shape[1]:
                     raise IndexError("a column is none")
-                matrix = np.array(value[:, index], dtype=np.float64)
+                matrix = np.array(value[:, index], dtype=np.float64, order="F" if self.by_columns else "K")
             else:
                 matrix = value[:, index]
                 if matrix.dtype != np.float64:

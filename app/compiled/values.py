@@ -40,10 +40,10 @@ class Sparse:
         return self.count, self.width
 
     def toarray(self) -> Array:
-        """Return the matrix written out, in float64."""
+        """Return the matrix written out. Raises `ValueError` where that is too large."""
         if self.count * self.width > MAX_DENSE_VALUES:
             raise ValueError(f"{self.count} rows of {self.width} numbers are too many to write out")
-        matrix = np.zeros(self.shape)
+        matrix = np.zeros(self.shape, dtype=self.data.dtype)
         matrix[self.rows, self.columns] = self.data
         return matrix
 

@@ -13,9 +13,9 @@ from app import inspection
 from app.compiled.op import Op
 from app.compiled.program import Program
 from app.compiled.steps import Cast, Chain, Select
-from app.compiler import linear, preprocessing  # noqa: F401 - they register their translations
+from app.compiler import combined, linear, models, preprocessing, text  # noqa: F401 - they register translations
 from app.compiler.linear import labels
-from app.compiler.pipeline import chain, pipeline_steps, then
+from app.compiler.pipeline import by_columns, chain, pipeline_steps, then
 from app.compiler.translation import TRANSFORMERS, Flow, NotCompilable, predictor, transformer
 from app.model import order_between
 from app.signature import Signature
@@ -24,6 +24,7 @@ from app.signature import Signature
 def translate(companions: Sequence[Any], estimator: Any, signature: Signature) -> Program:
     """Return the program that computes what `estimator` behind its `companions` does, for the methods that have a form.
 
+    Its methods may be fewer than the signature's.
     Raises `NotCompilable` for objects that have none. Nothing has proved that the program is right.
     """
     try:
@@ -51,12 +52,15 @@ def _program(companions: Sequence[Any], estimator: Any, signature: Signature) ->
     body, flow, last = _split(estimator, flow)
     operations.append(body)
     heads = dict(_heads(last, flow, signature.methods))
-    missing = [method for method in signature.methods if method not in heads]
-    if missing:
-        raise NotCompilable(f"its {type(last).__name__} has no compiled form of {', '.join(missing)}")
+    if not heads:
+        raise NotCompilable(f"its {type(last).__name__} has no compiled form of {', '.join(signature.methods)}")
     if target is not None and "predict" in heads:
         heads["predict"] = _decoded(heads["predict"], target)
-    return Program(chain(*operations), {method: heads[method] for method in signature.methods})
+    body = chain(*operations)
+    if signature.layout == "frame":
+        body = by_columns(body)
+        heads = {method: head if body is not None else by_columns(head) or head for method, head in heads.items()}
+    return Program(body, {method: heads[method] for method in signature.methods if method in heads})
 
 
 def _names(estimator: Any) -> tuple[str, ...] | None:
@@ -114,16 +118,27 @@ _SEARCHES = ("GridSearchCV", "RandomizedSearchCV", "HalvingGridSearchCV", "Halvi
 def _heads(estimator: Any, flow: Flow, methods: Sequence[str]) -> Mapping[str, Op]:
     heads: dict[str, Op] = {}
     cls = type(estimator)
+    refused: NotCompilable | None = None
     if "transform" in methods and f"{cls.__module__}.{cls.__qualname__}" in TRANSFORMERS:
-        operation, made = transformer(estimator, flow)
-        if made.kind not in ("matrix", "sparse"):
-            raise NotCompilable(f"its {cls.__name__} gives {made.kind}")
-        if made.dtype not in ("float64", "float32", "float16"):
-            operation = then([operation], Cast(made.dtype))
-        heads["transform"] = operation
-    if set(methods) - heads.keys():
-        heads.update({method: head for method, head in predictor(estimator, flow).items() if method in methods})
+        try:
+            heads["transform"] = _transform(estimator, flow)
+        except NotCompilable as error:
+            refused = error
+    if set(methods) - {"transform"}:
+        try:
+            heads.update({method: head for method, head in predictor(estimator, flow).items() if method in methods})
+        except NotCompilable as error:
+            refused = refused or error
+    if refused is not None and not heads:
+        raise refused
     return heads
+
+
+def _transform(estimator: Any, flow: Flow) -> Op:
+    operation, made = transformer(estimator, flow)
+    if made.kind not in ("matrix", "sparse"):
+        raise NotCompilable(f"its {type(estimator).__name__} gives {made.kind}")
+    return operation if made.dtype == "float64" else then([operation], Cast(made.dtype))
 
 
 def _decoded(head: Op, target: Any) -> Op:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from app.compiled.op import Op
 from app.compiler.pipeline import checked, then
 from app.compiler.preprocessing import key
 from app.compiler.translation import Flow, NotCompilable, predicts
-from app.signature import Array
 
 _BASE = "sklearn.linear_model."
 
@@ -35,7 +34,8 @@ def of_input(flow: Flow) -> tuple[list[Op | None], Flow]:
     return checked(flow, sparse=True)
 
 
-def _product(estimator: Any, *, is_classifier: bool) -> Linear:
+def product(estimator: Any, *, is_classifier: bool) -> Linear:
+    """Return what multiplies by the coefficients of a fitted model, as the scores of its classes or as predictions."""
     coefficients = np.asarray(estimator.coef_)
     if hasattr(estimator.coef_, "toarray"):
         raise NotCompilable(f"its {type(estimator).__name__} has sparse coefficients")
@@ -67,7 +67,7 @@ def _product(estimator: Any, *, is_classifier: bool) -> Linear:
 )  # fmt: skip
 def _regressor(estimator: Any, flow: Flow) -> Mapping[str, Op]:
     before, flow = of_input(flow)
-    return {"predict": then(before, _product(estimator, is_classifier=False))}
+    return {"predict": then(before, product(estimator, is_classifier=False))}
 
 
 @predicts(
@@ -79,7 +79,7 @@ def _regressor(estimator: Any, flow: Flow) -> Mapping[str, Op]:
 )
 def _classifier(estimator: Any, flow: Flow) -> Mapping[str, Op]:
     before, flow = of_input(flow)
-    scores = then(before, _product(estimator, is_classifier=True))
+    scores = then(before, product(estimator, is_classifier=True))
     if np.ndim(estimator.classes_) != 1 or type(estimator.classes_) is list:
         raise NotCompilable(f"its {type(estimator).__name__} has several labels a row")
     return _decided(scores, labels(estimator.classes_))
@@ -92,7 +92,7 @@ def _decided(scores: Op, named: ClassLabels) -> dict[str, Op]:
 @predicts(_BASE + "_logistic.LogisticRegression", _BASE + "_logistic.LogisticRegressionCV")
 def _logistic(estimator: Any, flow: Flow) -> Mapping[str, Op]:
     before, flow = of_input(flow)
-    scores = then(before, _product(estimator, is_classifier=True))
+    scores = then(before, product(estimator, is_classifier=True))
     probabilities: Op = Sigmoid(scores) if len(estimator.classes_) <= 2 else Softmax(scores)
     return {**_decided(scores, labels(estimator.classes_)), **of_probabilities(probabilities)}
 
@@ -105,7 +105,7 @@ def of_probabilities(probabilities: Op) -> dict[str, Op]:
 @predicts(_BASE + "_stochastic_gradient.SGDClassifier")
 def _stochastic(estimator: Any, flow: Flow) -> Mapping[str, Op]:
     before, flow = of_input(flow)
-    scores = then(before, _product(estimator, is_classifier=True))
+    scores = then(before, product(estimator, is_classifier=True))
     heads = _decided(scores, labels(estimator.classes_))
     if estimator.loss == "log_loss":
         heads.update(of_probabilities(Sigmoid(scores)))
@@ -115,15 +115,10 @@ def _stochastic(estimator: Any, flow: Flow) -> Mapping[str, Op]:
 @predicts(_BASE + "_glm.glm.PoissonRegressor", _BASE + "_glm.glm.GammaRegressor", _BASE + "_glm.glm.TweedieRegressor")
 def _generalized(estimator: Any, flow: Flow) -> Mapping[str, Op]:
     before, flow = of_input(flow)
-    scores = then(before, _product(estimator, is_classifier=False))
+    scores = then(before, product(estimator, is_classifier=False))
     link = type(estimator._get_loss().link).__name__
     if link == "IdentityLink":
         return {"predict": scores}
     if link != "LogLink":
         raise NotCompilable(f"its {type(estimator).__name__} has a {link}")
     return {"predict": Mapped(scores, "exp")}
-
-
-def stacked(arrays: Sequence[Any]) -> Array:
-    """Return arrays of float64 beside each other."""
-    return np.asarray(arrays, dtype=np.float64)

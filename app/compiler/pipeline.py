@@ -107,6 +107,18 @@ def _same(one: Key, other: Key) -> bool:
     return one == other or (one != one and other != other)
 
 
+def by_columns(operation: Op | None) -> Op | None:
+    """Let what is read first be laid out by columns, as pandas does it, if that is a matrix of numbers.
+
+    A product of matrices rounds its last digit by their layout.
+    """
+    if isinstance(operation, Numbers):
+        return dataclasses.replace(operation, by_columns=True)
+    if isinstance(operation, Chain) and isinstance(operation.steps[0], Numbers):
+        return Chain((dataclasses.replace(operation.steps[0], by_columns=True), *operation.steps[1:]))
+    return operation
+
+
 def numbers(flow: Flow) -> tuple[Op | None, Flow]:
     """Return what makes a matrix of float64 of a table, and what is known of it. Raises `NotCompilable`."""
     if flow.kind == "sparse":
@@ -272,7 +284,7 @@ def _union(estimator: Any, flow: Flow) -> tuple[Op, Flow]:
         else:
             operation, made = transformer(fitted, flow)
         if (weight := weights.get(name)) is not None:
-            operation = chain(operation, Arithmetic("multiply", np.float64(weight) + np.zeros(())))
+            operation = chain(operation, Arithmetic("multiply", np.array(float(weight))))
             made = dataclasses.replace(made, bounded=False)
         if made.width:
             branches.append((operation, made))
