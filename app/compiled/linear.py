@@ -81,11 +81,9 @@ def sparse_product(value: Sparse, coefficients: Array) -> Array:
     if coefficients.shape[-1] != value.width:
         raise ValueError(f"X has {value.width} features, but {coefficients.shape[-1]} are expected")
     if coefficients.ndim == 1:
-        return np.bincount(value.rows, value.data * coefficients[value.columns], minlength=value.count)
+        return value.row_sums(value.data * coefficients[value.columns])
     if len(coefficients) <= 64:
-        products = [
-            np.bincount(value.rows, value.data * row[value.columns], minlength=value.count) for row in coefficients
-        ]
+        products = [value.row_sums(value.data * row[value.columns]) for row in coefficients]
         return np.stack(products, axis=1)
     scores = np.zeros((value.count, len(coefficients)))
     np.add.at(scores, value.rows, coefficients.T[value.columns] * value.data[:, None])

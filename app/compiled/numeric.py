@@ -75,6 +75,11 @@ class Numbers(Part, kind="numbers"):
             if matrix.dtype != np.float64:
                 matrix = matrix.astype(np.float64)
             matrix = matrix.reshape(len(picked), value.count).T
+        elif isinstance(value, Sparse):
+            expect(self.columns is None, "it picks columns where most are zero")
+            for step in self.steps:
+                value = step.run(value)
+            return value  # type: ignore[no-any-return]
         else:
             index = self._index
             if isinstance(index, slice):
@@ -234,7 +239,7 @@ def normalized(value: Sparse, norm: str) -> Sparse:
         norms = np.zeros(value.count)
         np.maximum.at(norms, rows, np.abs(data))
     else:
-        norms = np.bincount(rows, np.abs(data) if norm == "l1" else data * data, minlength=value.count)
+        norms = value.row_sums(np.abs(data) if norm == "l1" else data * data)
         if norm == "l2":
             norms = np.sqrt(norms)
     norms[norms == 0] = 1.0

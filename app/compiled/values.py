@@ -47,6 +47,11 @@ class Sparse:
         matrix[self.rows, self.columns] = self.data
         return matrix
 
+    def row_sums(self, data: Array) -> Array:
+        """Return the sums of `data`, which has a number for each place, over the rows: shape (count,), one after the other."""
+        # Of nothing at all, numpy counts in whole numbers.
+        return np.bincount(self.rows, data, minlength=self.count).astype(np.float64, copy=False)
+
     def with_data(self, data: Array) -> Sparse:
         """Return the same places with other values."""
         return Sparse(self.count, self.width, self.rows, self.columns, data)

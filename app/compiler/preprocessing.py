@@ -35,6 +35,8 @@ from app.signature import Array
 def floats(values: Any) -> Array:
     """Return an array of float64 of what fitting left. Raises `NotCompilable` where it is of fewer or other digits."""
     array = np.asarray(values)
+    if array.dtype == object:
+        array = np.asarray([key(value) for value in array.ravel().tolist()], dtype=np.float64).reshape(array.shape)
     if array.dtype.kind not in "iub" and array.dtype != np.float64:
         raise NotCompilable(f"it was fitted on {array.dtype}, and scikit-learn would compute with as few digits")
     return array.astype(np.float64)
@@ -300,7 +302,12 @@ def _groups(encoder: Any) -> tuple[list[Array], list[int]]:
         mapping = rare = None
         if encoder._infrequent_enabled:
             mapping, rare = encoder._default_to_infrequent_mappings[index], encoder._infrequent_indices[index]
-        groups.append(np.arange(len(categories)) if mapping is None else np.asarray(mapping, dtype=np.int64))
+        group = np.arange(len(categories))
+        if mapping is not None:
+            group[: len(mapping)] = (
+                mapping  # an ordinal encoder keeps its missing value, the last one, out of the count
+            )
+        groups.append(group)
         known = encoder.handle_unknown in ("infrequent_if_exist", "warn") and rare is not None and mapping is not None
         others.append(int(mapping[rare[0]]) if known and mapping is not None and rare is not None else -1)
     return groups, others
