@@ -177,3 +177,56 @@ class LogNonZero(Op, kind="log_non_zero"):
     def run(self, value: Any) -> Array:
         found = self.values.run(value)
         return np.log(np.where(found == 0.0, np.finfo(np.float64).smallest_normal, found))
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture(Op, kind="mixture"):
+    """The logarithm of the weighed density of each normal distribution of a mixture, of shape (rows, distributions).
+
+    `precisions` are the Cholesky factors of the inverse covariances, each of shape (columns, columns), or one for all of them, or
+    with shape (distributions, columns) those of each column. `constants` has what does not depend on the row.
+    """
+
+    means: Array
+    precisions: Array
+    constants: Array
+    columns: int
+
+    @override
+    def check(self) -> None:
+        expect(self.means.ndim == 2 and self.means.shape[1] == self.columns, "its means are none")
+        expect(self.constants.shape == (len(self.means), 2), "a distribution has no constants")
+        shared = self.precisions.shape == (1, self.columns, self.columns)
+        each = self.precisions.shape == (*self.means.shape, self.columns)
+        expect(shared or each or self.precisions.shape == self.means.shape, "its precisions do not fit")
+
+    @override
+    def run(self, value: Any) -> Array:
+        means, precisions = self.means, self.precisions
+        if precisions.ndim == 2:
+            squared = precisions**2
+            squares = (means**2 * squared).sum(axis=1) - 2.0 * (value @ (means * squared).T) + value**2 @ squared.T
+        else:
+            factors = np.broadcast_to(precisions, (len(means), *precisions.shape[1:]))
+            squares = np.stack(
+                [
+                    np.square(value @ factor - mean @ factor).sum(axis=1)
+                    for mean, factor in zip(means, factors, strict=True)
+                ],
+                axis=1,
+            )
+        determinants, weights = self.constants.T
+        scores: Array = -0.5 * (self.columns * np.log(2 * np.pi) + squares) + determinants + weights
+        return scores
+
+
+@dataclass(frozen=True, eq=False)
+class Largest(Op, kind="largest"):
+    """The number of the largest score of each row."""
+
+    scores: Op
+
+    @override
+    def run(self, value: Any) -> Array:
+        found: Array = self.scores.run(value).argmax(axis=1)
+        return found

@@ -10,7 +10,7 @@ from typing import Any, override
 import numpy as np
 
 from app.compiled.op import Op, expect
-from app.compiled.steps import MAX_WIDTH, Part, zeros
+from app.compiled.steps import MAX_DENSE_WIDTH, MAX_WIDTH, Part, zeros
 from app.compiled.values import Sparse, Table, columns_of, count_of
 from app.signature import Array
 
@@ -80,7 +80,7 @@ class OneHot(Part, kind="one_hot"):
     @override
     def check(self) -> None:
         _check_columns(self.columns, self.keys, self.places, self.others)
-        expect(0 <= self.width <= MAX_WIDTH, "its width is none")
+        expect(0 <= self.width <= (MAX_WIDTH if self.sparse else MAX_DENSE_WIDTH), "its width is none")
         for keys, places in zip(self.keys, self.places, strict=True):
             expect(places.shape == (len(keys),) and places.dtype.kind == "i", "a category has no place")
             expect(bool(((places >= -1) & (places < self.width)).all()), "a place is none")

@@ -10,6 +10,7 @@ import numpy as np
 
 from app.compiled.linear import expit, softmax
 from app.compiled.op import Op, expect
+from app.compiled.steps import MAX_DENSE_WIDTH
 from app.compiled.values import count_of
 from app.signature import Array
 
@@ -47,7 +48,7 @@ class Ballot(Op, kind="ballot"):
     @override
     def check(self) -> None:
         expect(self.weights.shape == (len(self.members),) and len(self.members) > 0, "a member has no weight")
-        expect(0 < self.classes <= 1 << 20, "it has no classes")
+        expect(0 < self.classes <= MAX_DENSE_WIDTH, "it has no classes")
 
     @override
     def run(self, value: Any) -> Array:
@@ -143,7 +144,7 @@ class Calibrated(Op, kind="calibrated"):
 
     @override
     def check(self) -> None:
-        expect(2 <= self.classes <= 1 << 20, "it has no classes")
+        expect(2 <= self.classes <= MAX_DENSE_WIDTH, "it has no classes")
         expect(len(self.curves) == len(self.columns), "a column has no curve")
         expect(all(0 <= column < self.classes for column in self.columns), "a column is none")
         for curve in self.curves:

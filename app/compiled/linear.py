@@ -138,7 +138,7 @@ class Sigmoid(Op, kind="sigmoid"):
     def run(self, value: Any) -> Array:
         found = expit(self.scores.run(value))
         if found.ndim == 1:
-            return np.stack([1 - found, found], axis=1)
+            return two_columns(found)
         total = found.sum(axis=1)
         nothing = total == 0
         if nothing.any():
@@ -146,6 +146,14 @@ class Sigmoid(Op, kind="sigmoid"):
             total[nothing] = found.shape[1]
         found /= total[:, None]
         return found
+
+
+def two_columns(second: Array) -> Array:
+    """Return the probabilities of two classes, given those of the second."""
+    both = np.empty((len(second), 2))
+    both[:, 1] = second
+    np.subtract(1, second, both[:, 0])
+    return both
 
 
 def expit(x: Array) -> Array:

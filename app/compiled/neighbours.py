@@ -12,6 +12,7 @@ import numpy as np
 
 from app.compiled.linear import ClassLabels
 from app.compiled.op import Op, expect
+from app.compiled.steps import MAX_DENSE_WIDTH
 from app.compiled.values import dense
 from app.signature import Array
 
@@ -78,10 +79,6 @@ class Kernel(Op, kind="kernel"):
         return sums.reshape(-1) if self.flat else sums
 
 
-def _pairs(classes: int) -> list[tuple[int, int]]:
-    return list(itertools.combinations(range(classes), 2))
-
-
 @dataclass(frozen=True, eq=False)
 class Votes(Op, kind="votes"):
     """How many of the pairs of classes each class wins, from the scores of the pairs, and by how much if they tie.
@@ -103,7 +100,7 @@ class Votes(Op, kind="votes"):
         scores = scores.reshape(len(scores), -1)
         votes = np.zeros((len(scores), self.classes))
         total = np.zeros_like(votes)
-        for column, (first, second) in enumerate(_pairs(self.classes)):
+        for column, (first, second) in enumerate(itertools.combinations(range(self.classes), 2)):
             score = scores[:, column]
             # An even score is the second class's where votes alone decide, the first one's where confidence does.
             won = score >= 0 if self.confident else score > 0
@@ -116,13 +113,15 @@ class Votes(Op, kind="votes"):
 
 @dataclass(frozen=True, eq=False)
 class Side(Op, kind="side"):
-    """1 for a score above zero, -1 for the rest."""
+    """1 for a score above zero (or, `inclusive`, at it), -1 for the rest."""
 
     scores: Op
+    inclusive: bool = False
 
     @override
     def run(self, value: Any) -> Array:
-        return np.where(self.scores.run(value) > 0, 1, -1)
+        scores = self.scores.run(value)
+        return np.where(scores >= 0 if self.inclusive else scores > 0, 1, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +243,7 @@ class NeighbourClasses(Op, kind="neighbour_classes"):
             self.classes.shape == (len(self.neighbours.points),) and self.classes.dtype.kind == "i",
             "a point has no class",
         )
-        expect(0 < self.count <= 1 << 20, "it has no classes")
+        expect(0 < self.count <= MAX_DENSE_WIDTH, "it has no classes")
         expect(bool(((self.classes >= 0) & (self.classes < self.count)).all()), "a class is none")
 
     @override

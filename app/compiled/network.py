@@ -8,7 +8,7 @@ from typing import Any, Literal, override
 
 import numpy as np
 
-from app.compiled.linear import expit, softmax, sparse_product
+from app.compiled.linear import expit, softmax, sparse_product, two_columns
 from app.compiled.op import Op, expect
 from app.compiled.values import Sparse
 from app.signature import Array
@@ -62,5 +62,4 @@ class TwoClasses(Op, kind="two_classes"):
 
     @override
     def run(self, value: Any) -> Array:
-        found = self.second.run(value)
-        return np.stack([1 - found, found], axis=1)
+        return two_columns(self.second.run(value))

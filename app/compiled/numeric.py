@@ -12,7 +12,7 @@ from typing import Any, Literal, override
 import numpy as np
 
 from app.compiled.op import Op, expect
-from app.compiled.steps import MAX_WIDTH, Part
+from app.compiled.steps import MAX_DENSE_WIDTH, MAX_WIDTH, Part
 from app.compiled.values import Sparse, Table
 from app.signature import Array
 
@@ -80,6 +80,11 @@ class Numbers(Part, kind="numbers"):
             for step in self.steps:
                 value = step.run(value)
             return value  # type: ignore[no-any-return]
+        elif self.columns is None and self._first is not None and self._takes_as_it_is(value):
+            matrix = self._first(value)  # which makes another matrix itself
+            for apply in self._applies[1:]:
+                matrix = apply(matrix)
+            return matrix
         else:
             index = self._index
             if isinstance(index, slice):
@@ -93,6 +98,13 @@ class Numbers(Part, kind="numbers"):
         for apply in self._applies:
             matrix = apply(matrix)
         return matrix
+
+    @functools.cached_property
+    def _first(self) -> Callable[[Array], Array] | None:
+        return self.steps[0].run if self.steps and isinstance(self.steps[0], Arithmetic) else None
+
+    def _takes_as_it_is(self, value: Array) -> bool:
+        return value.dtype == np.float64 and (not self.by_columns or len(value) == 1)
 
     @override
     def fill(self, value: Any, out: Array, flat: Array, start: int) -> None:
@@ -129,7 +141,7 @@ def check_finite(matrix: Array, allow_nan: bool = False, named: str = "Input X")
     if not allow_nan and bool(np.isnan(matrix).any()):
         raise ValueError(f"{named} contains NaN.")
     if bool(np.isinf(matrix).any()):
-        raise ValueError(f"{named} contains infinity or a value too large for dtype('float64').")
+        raise ValueError(f"{named} contains infinity or a value too large for dtype({str(matrix.dtype)!r}).")
 
 
 @dataclass(frozen=True, eq=False)
@@ -429,7 +441,7 @@ class Polynomials(Op, kind="polynomials"):
 
     @override
     def check(self) -> None:
-        expect(self.inputs > 0 and self._first + self.inputs <= self.width <= MAX_WIDTH, "its widths do not fit")
+        expect(self.inputs > 0 and self._first + self.inputs <= self.width <= MAX_DENSE_WIDTH, "its widths do not fit")
         expect(0 <= self.skip <= self.width, "it leaves out more than there is")
         expect(
             self.blocks.ndim == 2 and self.blocks.shape[1] == 4 and self.blocks.dtype.kind == "i", "its blocks are none"

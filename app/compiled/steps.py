@@ -13,7 +13,8 @@ from app.compiled.op import Op, expect
 from app.compiled.values import Sparse, Table, columns_of, count_of, dense
 from app.signature import Array
 
-MAX_WIDTH = 1 << 24
+MAX_WIDTH = 1 << 24  # of rows that are mostly zero
+MAX_DENSE_WIDTH = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class Assemble(Op, kind="assemble"):
     def check(self) -> None:
         expect(len(self.parts) == len(self.widths), "a part has no width")
         expect(all(0 <= width <= MAX_WIDTH for width in self.widths), "a width is none")
-        expect(sum(self.widths) <= MAX_WIDTH, "it is too wide")
+        expect(sum(self.widths) <= MAX_DENSE_WIDTH, "it is too wide")
 
     @functools.cached_property
     def _width(self) -> int:

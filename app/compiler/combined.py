@@ -12,9 +12,9 @@ from app.compiled.combined import AsColumns, Ballot, Calibrated, Mean, Pick, Res
 from app.compiled.linear import Classify
 from app.compiled.numeric import Function
 from app.compiled.op import Op
-from app.compiled.steps import Assemble, Chain
+from app.compiled.steps import Assemble, Chain, Select
 from app.compiler.linear import labels
-from app.compiler.pipeline import beside, chain, numbers
+from app.compiler.pipeline import beside, chain, numbers, then
 from app.compiler.preprocessing import floats, ufunc_name
 from app.compiler.translation import Flow, NotCompilable, predictor, predicts, transforms
 
@@ -145,6 +145,39 @@ def _calibrated_member(member: Any, flow: Flow) -> Op:
     if any(curve.out_of_bounds != "clip" for curve in member.calibrators):
         raise NotCompilable("its CalibratedClassifierCV has a curve that ends")
     return Calibrated(scores, count, tuple(columns), "isotonic", curves)
+
+
+@predicts("sklearn.ensemble._bagging.BaggingRegressor", "sklearn.ensemble._bagging.BaggingClassifier")
+def _bagged(estimator: Any, flow: Flow) -> Mapping[str, Op]:
+    if flow.kind not in ("matrix", "table"):
+        raise NotCompilable(f"its {type(estimator).__name__} would pick columns of {flow.kind}")
+    before, flow = numbers(flow)
+    found: list[dict[str, Op]] = []
+    for member, features in zip(estimator.estimators_, estimator.estimators_features_, strict=True):
+        columns = tuple(int(column) for column in features)
+        picked = dataclasses.replace(flow, width=len(columns), names=None)
+        select = None if columns == tuple(range(flow.width)) else Select(columns)
+        heads = predictor(member, picked)
+        found.append({method: then([before, select], head) for method, head in heads.items()})
+    if type(estimator).__name__ == "BaggingRegressor":
+        return {"predict": Mean(tuple(heads["predict"] for heads in found), None)}
+    named, count = labels(_classes(estimator)), len(estimator.classes_)
+    made: dict[str, Op] = {}
+    if all(hasattr(member, "predict_proba") for member in estimator.estimators_):
+        every = np.arange(count)
+        if not all("predict_proba" in heads for heads in found) or not all(
+            np.array_equal(member.classes_, every) for member in estimator.estimators_
+        ):
+            raise NotCompilable("its BaggingClassifier has members that never saw some class")
+        made["predict_proba"] = Mean(tuple(heads["predict_proba"] for heads in found), None)
+        made["predict"] = Classify(made["predict_proba"], named)
+    else:
+        ballot = Ballot(tuple(heads["predict"] for heads in found), np.ones(len(found)), count)
+        made["predict"] = Classify(ballot, named)
+        made["predict_proba"] = Rescaled(ballot, ("divide",), (float(len(found)),))
+    if hasattr(estimator, "decision_function") and all("decision_function" in heads for heads in found):
+        made["decision_function"] = Mean(tuple(heads["decision_function"] for heads in found), None)
+    return made
 
 
 _SEVERAL = "sklearn.multioutput."

@@ -11,13 +11,16 @@ from app.compiled.bayes import (
     Categories,
     Difference,
     Gaussians,
+    Largest,
     Likelihoods,
     LogNonZero,
     LogNormalize,
+    LogSumExp,
+    Mixture,
     Quadratics,
 )
-from app.compiled.combined import Constant
-from app.compiled.linear import Classify, ClassLabels, Linear, Mapped, Sigmoid, Softmax
+from app.compiled.combined import Constant, Rescaled, Several
+from app.compiled.linear import Classify, ClassLabels, Linear, Mapped, Shift, Sigmoid, Softmax
 from app.compiled.neighbours import (
     ColumnsOf,
     Distances,
@@ -103,8 +106,6 @@ def _linear_discriminant(estimator: Any, flow: Flow) -> Mapping[str, Op]:
 def _discriminants(estimator: Any, flow: Flow) -> tuple[Op, Flow]:
     if estimator.solver == "lsqr":
         raise NotCompilable("its LinearDiscriminantAnalysis cannot transform")
-    from app.compiled.linear import Shift
-
     before, flow = checked(flow)
     matrix = np.ascontiguousarray(floats(estimator.scalings_).T[: estimator._max_components])
     if estimator.solver == "svd":
@@ -194,8 +195,6 @@ def _vector_regressor(estimator: Any, flow: Flow) -> Mapping[str, Op]:
 def _one_class(estimator: Any, flow: Flow) -> Mapping[str, Op]:
     weights, intercepts = floats(estimator._dual_coef_), floats(estimator._intercept_)
     scores = _kernel(estimator, flow, weights, intercepts, flat=True)
-    from app.compiled.combined import Rescaled
-
     return {
         "predict": Side(scores),
         "decision_function": scores,
@@ -237,6 +236,36 @@ def _of_pairs(estimator: Any) -> Array:
             row[own[second]] = duals[first, own[second]]
             rows.append(row)
     return np.array(rows)
+
+
+@predicts("sklearn.mixture._gaussian_mixture.GaussianMixture")
+def _mixture(estimator: Any, flow: Flow) -> Mapping[str, Op]:
+    kind = estimator.covariance_type
+    if kind == "spherical":
+        raise NotCompilable("its GaussianMixture has spherical distributions, which have no compiled form")
+    before, flow = checked(flow)
+    means, factors = floats(estimator.means_), floats(estimator.precisions_cholesky_)
+    if kind == "diag":
+        determinants = np.log(factors).sum(axis=1)
+    else:
+        factors = factors.reshape(-1, *factors.shape[-2:])
+        determinants = np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(axis=1)
+    constants = np.column_stack([np.broadcast_to(determinants, (len(means),)), np.log(floats(estimator.weights_))])
+    scores = then(before, Mixture(means, factors, constants, means.shape[1]))
+    return {
+        "predict": Largest(scores),
+        "predict_proba": Mapped(LogNormalize(scores), "exp"),
+        "score_samples": LogSumExp(scores),
+    }
+
+
+@predicts("sklearn.linear_model._stochastic_gradient.SGDOneClassSVM")
+def _linear_one_class(estimator: Any, flow: Flow) -> Mapping[str, Op]:
+    before, flow = checked(flow, sparse=True)
+    offset = floats(estimator.offset_).ravel()
+    product = then(before, Linear(floats(estimator.coef_).reshape(1, -1), None, flat=True))
+    scores = Rescaled(product, ("subtract",), (float(offset[0]),))
+    return {"predict": Side(scores, inclusive=True), "decision_function": scores, "score_samples": product}
 
 
 _CENTRES = "sklearn.cluster._kmeans."
@@ -295,8 +324,6 @@ def _neighbour_classifier(estimator: Any, flow: Flow) -> Mapping[str, Op]:
         return NeighbourClasses(found, column, len(classes[index]), by_distance, normalized)
 
     if several:
-        from app.compiled.combined import Several
-
         named = [labels(names) for names in classes]
         outputs = range(len(classes))
         return {

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from app.compiled import steps
 from app.compiled.categories import Codes, Key, OneHot, Replace
 from app.compiled.numeric import Arithmetic, Elementwise, Finite, Missing, Numbers
 from app.compiled.op import Op
@@ -269,6 +270,8 @@ def beside(branches: Sequence[tuple[Op | None, Flow]]) -> tuple[Op, Flow]:
         return Stack(parts, widths), Flow("sparse", sum(widths), **traits)
     if len(parts) == 1:
         return parts[0], dataclasses.replace(flows[0], names=None)
+    if sum(widths) > steps.MAX_DENSE_WIDTH:
+        raise NotCompilable(f"it would make {sum(widths):,} columns of each row")
     return Assemble(parts, widths), Flow("matrix", sum(widths), **traits)
 
 

@@ -31,6 +31,8 @@ from app.compiler.pipeline import MAX_DENSE_WIDTH, chain, checked, matrix, numbe
 from app.compiler.translation import Flow, NotCompilable, transforms
 from app.signature import Array
 
+MAX_WRITTEN_OUT = 10_000_000  # numbers of a matrix that is mostly zero
+
 
 def floats(values: Any) -> Array:
     """Return an array of float64 of what fitting left. Raises `NotCompilable` where it is of fewer or other digits."""
@@ -396,6 +398,18 @@ def _svd(estimator: Any, flow: Flow) -> tuple[Op, Flow]:
     before, flow = checked(flow, sparse=True)
     components = floats(estimator.components_)
     return then(before, Linear(components, None)), Flow("matrix", len(components))
+
+
+@transforms("sklearn.random_projection.GaussianRandomProjection", "sklearn.random_projection.SparseRandomProjection")
+def _projection(estimator: Any, flow: Flow) -> tuple[Op, Flow]:
+    before, flow = checked(flow, sparse=True)
+    components = estimator.components_
+    if hasattr(components, "toarray"):
+        if components.shape[0] * components.shape[1] > MAX_WRITTEN_OUT:
+            raise NotCompilable("its SparseRandomProjection is too large to write out")
+        components = components.toarray()
+    matrix_of = floats(components)
+    return then(before, Linear(matrix_of, None)), Flow("matrix", len(matrix_of))
 
 
 @transforms("sklearn.decomposition._fastica.FastICA")

@@ -11,18 +11,21 @@ from sklearn import decomposition, discriminant_analysis, dummy, feature_selecti
 from sklearn import preprocessing as pre
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor, make_column_transformer
-from sklearn.ensemble import StackingClassifier, VotingClassifier, VotingRegressor
+from sklearn.ensemble import BaggingClassifier, BaggingRegressor, StackingClassifier, VotingClassifier, VotingRegressor
 from sklearn.feature_extraction import DictVectorizer
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, TfidfVectorizer
 from sklearn.impute import MissingIndicator, SimpleImputer
+from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import FixedThresholdClassifier, TunedThresholdClassifierCV
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import MultiOutputRegressor
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.random_projection import GaussianRandomProjection, SparseRandomProjection
 
 from tests.zoo import (
+    CATEGORIES,
     COUNT,
     COUNTS,
     GAPS,
@@ -159,6 +162,20 @@ BUILDERS: dict[str, Callable[[], Fitted]] = {
         unknown=True,
     ),
     "encoded, whole numbers": fit(pre.OneHotEncoder(handle_unknown="ignore"), WHOLE),
+    "encoded, categories of pandas": fit(
+        make_column_transformer(
+            (pre.OneHotEncoder(handle_unknown="ignore"), ["colour"]),
+            (pre.OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1), ["grade"]),
+            (
+                make_pipeline(SimpleImputer(strategy="most_frequent"), pre.OneHotEncoder(handle_unknown="ignore")),
+                ["colour"],
+            ),
+            remainder="passthrough",
+        ),
+        CATEGORIES,
+        missing=True,
+        unknown=True,
+    ),
     "encoded, an array": fit(pre.OrdinalEncoder(), COUNTS),
     "encoded by target": fit(pre.TargetEncoder(cv=2), KINDS, TRUTH, missing=True, unknown=True),
     "encoded by three targets": fit(pre.TargetEncoder(cv=2), KINDS, WORDS, missing=True, unknown=True),
@@ -323,6 +340,20 @@ BUILDERS: dict[str, Callable[[], Fitted]] = {
     "numbers, several by one each": fit(
         MultiOutputRegressor(linear_model.Ridge()), NAMED, np.column_stack([REAL, REAL**2])
     ),
+    **{
+        f"mixed, {kind}": fit(GaussianMixture(3, covariance_type=kind, random_state=0), NAMED)
+        for kind in ("full", "tied", "diag")
+    },
+    "one class, linear": fit(linear_model.SGDOneClassSVM(random_state=0), X),
+    "projected at random": fit(SparseRandomProjection(2, random_state=0, density=0.5), NAMED),
+    "projected at random, texts": fit(
+        make_pipeline(TfidfVectorizer(), GaussianRandomProjection(3, random_state=0)), PHRASES
+    ),
+    "bagged linear models": fit(
+        BaggingClassifier(linear_model.LogisticRegression(), 4, max_features=0.6, random_state=0), X, WORDS
+    ),
+    "bagged perceptrons": fit(BaggingClassifier(linear_model.Perceptron(), 4, random_state=0), X, WORDS),
+    "bagged neighbours": fit(BaggingRegressor(KNeighborsRegressor(3), 4, random_state=0), NAMED, REAL),
     "one against the rest": fit(OneVsRestClassifier(linear_model.LogisticRegression()), X, WORDS),
     "one against the rest, by chances": fit(OneVsRestClassifier(naive_bayes.GaussianNB()), X, WORDS),
     "voting, hard": fit(
