@@ -23,15 +23,15 @@ def _is_nan(value: Any) -> bool:
     return bool(value != value)
 
 
-class Lookup[T]:
-    """What belongs to each value of a column. NaN is one value, whichever object it is."""
+class Lookup:
+    """The number that belongs to each value of a column. NaN is one value, whichever object it is."""
 
-    def __init__(self, keys: Iterable[Key], values: Iterable[T], other: T | None) -> None:
+    def __init__(self, keys: Iterable[Key], values: Iterable[int], other: int | None) -> None:
         self._known = {np.nan if _is_nan(key) else key: value for key, value in zip(keys, values, strict=True)}
         self._other = other
-        self.get: Callable[[Any], T | None] = self._known.get
+        self.get: Callable[[Any], int | None] = self._known.get
 
-    def of(self, column: Array, position: int) -> list[T]:
+    def of(self, column: Array, position: int) -> list[int]:
         """Return what belongs to the values of `column`, the encoder's column number `position`.
 
         Raises `ValueError` as scikit-learn does for one that is unknown, unless there is something for these.
@@ -46,6 +46,13 @@ class Lookup[T]:
             if None in found:
                 self._refuse(column, [value for value, it in zip(values, found, strict=True) if it is None], position)
         return found
+
+    def array(self, column: Array, position: int) -> Array:
+        """Return the same as an array of whole numbers."""
+        try:
+            return np.fromiter(map(self.get, column.tolist()), np.intp, len(column))
+        except TypeError:  # there is none for one of them: NaN, or what is unknown
+            return np.array(self.of(column, position), dtype=np.intp)
 
     def _refuse(self, column: Array, unknown: list[Any], position: int) -> None:
         some_nan = any(map(_is_nan, unknown))
@@ -87,7 +94,7 @@ class OneHot(Part, kind="one_hot"):
         expect(all(-1 <= place < self.width for place in self.others or ()), "a place is none")
 
     @functools.cached_property
-    def _lookups(self) -> list[tuple[int, int, Lookup[int]]]:
+    def _lookups(self) -> list[tuple[int, int, Lookup]]:
         found = []
         for position, column in enumerate(self.columns):
             places = [place if place >= 0 else _NOWHERE for place in self.places[position].tolist()]
@@ -96,18 +103,19 @@ class OneHot(Part, kind="one_hot"):
             found.append((position, column, lookup))
         return found
 
-    def _places(self, value: Any) -> list[int]:
+    def _places(self, value: Any, count: int) -> Array:
+        """Return the places of all values, of shape (columns, rows)."""
         columns = columns_of(value)
-        found: list[int] = []
+        found = np.empty((len(self.columns), count), dtype=np.intp)
         for position, column, lookup in self._lookups:
-            found += lookup.of(columns[column], position)
+            found[position] = lookup.array(columns[column], position)
         return found
 
     @override
     def run(self, value: Any) -> Any:
         count = count_of(value)
         if self.sparse:
-            places = np.array(self._places(value), dtype=np.intp).reshape(len(self.columns), count).T
+            places = self._places(value, count).T
             kept = places < _NOWHERE
             columns = places[kept]
             return Sparse(count, self.width, np.nonzero(kept)[0], columns, np.ones(len(columns)))
@@ -127,7 +135,7 @@ class OneHot(Part, kind="one_hot"):
                 if place != _NOWHERE:
                     flat[start + place] = 1.0
             return
-        index = np.array(self._places(value), dtype=np.intp).reshape(len(self.columns), count)
+        index = self._places(value, count)
         index += np.arange(start, start + count * width, width) if width else 0
         np.put(flat, index, 1.0, mode="clip")
 
@@ -156,7 +164,7 @@ class Codes(Part, kind="codes"):
                 expect(other.shape == numbers.shape[1:] and other.dtype == np.float64, "its numbers differ in width")
 
     @functools.cached_property
-    def _lookups(self) -> list[tuple[int, int, Lookup[int], Array]]:
+    def _lookups(self) -> list[tuple[int, int, Lookup, Array]]:
         found = []
         for position, column in enumerate(self.columns):
             table, other = self.numbers[position], None
@@ -164,23 +172,6 @@ class Codes(Part, kind="codes"):
                 other, table = len(table), np.vstack([table, self.others[position]])
             found.append((position, column, Lookup(self.keys[position], range(len(self.keys[position])), other), table))
         return found
-
-    @functools.cached_property
-    def _single(self) -> list[tuple[int, int, Lookup[float]]] | None:
-        if any(numbers.shape[1] != 1 for numbers in self.numbers):
-            return None
-        return [
-            (
-                position,
-                column,
-                Lookup(
-                    self.keys[position],
-                    self.numbers[position][:, 0].tolist(),
-                    None if self.others is None else float(self.others[position][0]),
-                ),
-            )
-            for position, column in enumerate(self.columns)
-        ]
 
     @functools.cached_property
     def width(self) -> int:
@@ -196,13 +187,9 @@ class Codes(Part, kind="codes"):
     @override
     def fill(self, value: Any, out: Array, flat: Array, start: int) -> None:
         columns = columns_of(value)
-        if self._single is not None:
-            for position, column, lookup in self._single:
-                out[:, start + position] = lookup.of(columns[column], position)
-            return
         for position, column, places, table in self._lookups:
             stop = start + table.shape[1]
-            out[:, start:stop] = table[places.of(columns[column], position)]
+            out[:, start:stop] = table[places.array(columns[column], position)]
             start = stop
 
 

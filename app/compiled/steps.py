@@ -59,6 +59,8 @@ class Assemble(Op, kind="assemble"):
         expect(len(self.parts) == len(self.widths), "a part has no width")
         expect(all(0 <= width <= MAX_WIDTH for width in self.widths), "a width is none")
         expect(sum(self.widths) <= MAX_DENSE_WIDTH, "it is too wide")
+        for part, width in zip(self.parts, self.widths, strict=True):
+            expect(getattr(part, "width", width) == width, "a part is not as wide as it should be")
 
     @functools.cached_property
     def _width(self) -> int:

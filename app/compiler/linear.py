@@ -80,7 +80,8 @@ def _regressor(estimator: Any, flow: Flow) -> Mapping[str, Op]:
 def _classifier(estimator: Any, flow: Flow) -> Mapping[str, Op]:
     before, flow = of_input(flow)
     scores = then(before, product(estimator, is_classifier=True))
-    if np.ndim(estimator.classes_) != 1 or type(estimator.classes_) is list:
+    binarizer = getattr(estimator, "_label_binarizer", None)
+    if getattr(binarizer, "y_type_", "multiclass") not in ("binary", "multiclass"):
         raise NotCompilable(f"its {type(estimator).__name__} has several labels a row")
     return _decided(scores, labels(estimator.classes_))
 

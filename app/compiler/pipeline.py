@@ -125,8 +125,7 @@ def numbers(flow: Flow) -> tuple[Op | None, Flow]:
     if flow.kind == "sparse":
         return dense(flow)
     if flow.kind == "matrix":
-        if flow.dtype in ("float32", "float16"):
-            raise NotCompilable(f"its numbers are {flow.dtype}, and scikit-learn would compute with as few digits")
+        _refuse_few_digits(flow)
         return None, flow
     if flow.kind != "table":
         raise NotCompilable(f"its {flow.kind} would have to be numbers")
@@ -139,6 +138,11 @@ def numbers(flow: Flow) -> tuple[Op | None, Flow]:
             raise NotCompilable("its numbers are float32, and scikit-learn would compute with as few digits")
     made = dataclasses.replace(flow, kind="matrix", dtype="float64", dtypes=None)
     return Numbers(tuple(range(flow.width)), ()), made
+
+
+def _refuse_few_digits(flow: Flow) -> None:
+    if flow.kind in ("matrix", "sparse") and flow.dtype in ("float32", "float16"):
+        raise NotCompilable(f"its numbers are {flow.dtype}, and scikit-learn would compute with as few digits")
 
 
 def dense(flow: Flow) -> tuple[Op | None, Flow]:
@@ -160,6 +164,7 @@ def finite(flow: Flow, *, allow_nan: bool = False) -> tuple[Op | None, Flow]:
 
 def checked(flow: Flow, *, allow_nan: bool = False, sparse: bool = False) -> tuple[list[Op | None], Flow]:
     """Return what makes a matrix of numbers and checks it, as most estimators of scikit-learn begin."""
+    _refuse_few_digits(flow)
     first, flow = (None, flow) if sparse and flow.kind == "sparse" else numbers(flow)
     second, flow = finite(flow, allow_nan=allow_nan)
     return [first, second], flow

@@ -26,7 +26,7 @@ from app.compiled.numeric import (
     is_function,
 )
 from app.compiled.op import Op
-from app.compiled.steps import Assemble, Chain, Select
+from app.compiled.steps import Assemble, Cast, Chain, Select
 from app.compiler.pipeline import MAX_DENSE_WIDTH, chain, checked, matrix, numbers, then
 from app.compiler.translation import Flow, NotCompilable, transforms
 from app.signature import Array
@@ -292,9 +292,7 @@ def one_hot(estimator: Any, flow: Flow) -> tuple[Op, Flow]:
     made = Flow(
         "sparse" if operation.sparse else "matrix", start, np.dtype(estimator.dtype).name, whole=True, bounded=True
     )
-    if made.dtype in ("float32", "float16"):
-        raise NotCompilable(f"its OneHotEncoder gives {made.dtype}, and scikit-learn would compute with as few digits")
-    return operation, made
+    return _of_dtype(operation, made)
 
 
 def _groups(encoder: Any) -> tuple[list[Array], list[int]]:
@@ -336,9 +334,13 @@ def _ordinal(estimator: Any, flow: Flow) -> tuple[Op, Flow]:
         None if other is None else (other,) * flow.width,
     )
     dtype = np.dtype(estimator.dtype).name
-    if dtype in ("float32", "float16"):
-        raise NotCompilable(f"its OrdinalEncoder gives {dtype}, and scikit-learn would compute with as few digits")
-    return operation, Flow("matrix", flow.width, dtype, whole=whole, bounded=True)
+    return _of_dtype(operation, Flow("matrix", flow.width, dtype, whole=whole, bounded=True))
+
+
+def _of_dtype(operation: Op, made: Flow) -> tuple[Op, Flow]:
+    if made.dtype == "float16":
+        raise NotCompilable("it encodes as float16, and scikit-learn would compute with as few digits")
+    return (Chain((operation, Cast("float32"))) if made.dtype == "float32" else operation), made
 
 
 @transforms("sklearn.preprocessing._target_encoder.TargetEncoder")

@@ -176,6 +176,23 @@ BUILDERS: dict[str, Callable[[], Fitted]] = {
         missing=True,
         unknown=True,
     ),
+    "encoded in 32 bits": fit(
+        make_pipeline(
+            make_column_transformer(
+                (pre.OneHotEncoder(dtype=np.float32, handle_unknown="ignore"), ["w", "s"]),
+                (pre.MinMaxScaler(), ["i"]),
+                (pre.OrdinalEncoder(dtype=np.float32), ["b"]),
+            ),
+            linear_model.Ridge(),
+        ),
+        KINDS,
+        REAL,
+        missing=True,
+        unknown=True,
+    ),
+    "encoded in 32 bits only": fit(
+        pre.OneHotEncoder(dtype=np.float32, handle_unknown="ignore"), KINDS, missing=True, unknown=True
+    ),
     "encoded, an array": fit(pre.OrdinalEncoder(), COUNTS),
     "encoded by target": fit(pre.TargetEncoder(cv=2), KINDS, TRUTH, missing=True, unknown=True),
     "encoded by three targets": fit(pre.TargetEncoder(cv=2), KINDS, WORDS, missing=True, unknown=True),
