@@ -57,6 +57,7 @@ PHRASES = [
     f"{text}, {text.upper()}s aren't   the ÄRGER of {number}" for text, number in zip(TEXTS, NUMBERS, strict=True)
 ]
 NOTES = pd.DataFrame({"note": PHRASES, "size": REAL, "plan": WORDS})
+MANY = sorted({*WORDS, *(f"word {number}" for number in range(5000))})
 
 BUILDERS: dict[str, Callable[[], Fitted]] = {
     **{
@@ -192,6 +193,25 @@ BUILDERS: dict[str, Callable[[], Fitted]] = {
     ),
     "encoded in 32 bits only": fit(
         pre.OneHotEncoder(dtype=np.float32, handle_unknown="ignore"), KINDS, missing=True, unknown=True
+    ),
+    "encoded, very many": fit(
+        make_pipeline(
+            make_column_transformer(
+                (pre.StandardScaler(), ["size"]),
+                (
+                    pre.OneHotEncoder(categories=[MANY, MANY], handle_unknown="ignore"),
+                    ["plan", "note"],
+                ),
+                sparse_threshold=1,
+            ),
+            linear_model.LogisticRegression(),
+        ),
+        NOTES,
+        WORDS,
+        unknown=True,
+    ),
+    "encoded, very many alone": fit(
+        pre.OneHotEncoder(categories=[MANY], drop="first", dtype=int), NOTES[["plan"]].astype(object)
     ),
     "encoded, an array": fit(pre.OrdinalEncoder(), COUNTS),
     "encoded by target": fit(pre.TargetEncoder(cv=2), KINDS, TRUTH, missing=True, unknown=True),
