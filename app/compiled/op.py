@@ -57,7 +57,8 @@ def encode(value: Any, arrays: dict[str, Array]) -> Any:
         fields = {field.name: encode(getattr(value, field.name), arrays) for field in dataclasses.fields(value)}  # type: ignore[arg-type]
         return {"op": value.kind, **fields}
     if isinstance(value, np.ndarray):
-        name = str(len(arrays))
+        # The heads of a model share most of what they compute with: that is stored once.
+        name = next((name for name, stored in arrays.items() if stored is value), str(len(arrays)))
         arrays[name] = value
         return {"array": name}
     if isinstance(value, (tuple, list)):
@@ -123,7 +124,7 @@ def _value(given: Any, annotation: Any, arrays: Mapping[str, Array], depth: int,
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if type(given) is dict and given.keys() == {"map"} and type(given["map"]) is dict:
             return {key: _value(item, arguments[1], arrays, depth, where) for key, item in given["map"].items()}
-    elif origin is np.ndarray:
+    elif annotation == Array:
         if type(given) is dict and given.keys() == {"array"} and type(given["array"]) is str:
             found = arrays.get(given["array"])
             if found is not None:

@@ -10,18 +10,11 @@ import numpy as np
 
 from app.compiled import container, op
 from app.compiled.op import Op
+from app.compiled.values import Table
 from app.errors import LoadFailed
 from app.signature import Array, Rows
 
 FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Columns of `count` rows, each an array of shape (count,), where they are not all of one numeric dtype."""
-
-    count: int
-    columns: tuple[Array, ...]
 
 
 @dataclass(frozen=True, eq=False)

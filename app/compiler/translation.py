@@ -23,7 +23,8 @@ class Flow:
 
     `kind`: a `matrix` of floats (dtype `dtype`) and `width` columns; a `table` of `width` columns, which have `names` if they
     were a DataFrame's and are of pandas dtypes `dtypes`; `texts` or `records`, an array of objects; `sparse`, rows of which most
-    values are zero, `width` columns.
+    values are zero, `width` columns. The values computed with are float64 unless `dtype` is float32 or float16; otherwise `dtype` is what
+    scikit-learn has there. `whole` and `bounded` are known to be without NaN, and without an infinity.
     """
 
     kind: str
@@ -31,6 +32,8 @@ class Flow:
     dtype: str = "float64"
     names: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
+    whole: bool = False
+    bounded: bool = False
 
 
 Transformer = Callable[[Any, Flow], tuple[Op, Flow]]
