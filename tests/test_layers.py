@@ -25,9 +25,15 @@ ORDER = [
     "compiled.container",
     "compiled.op",
     "compiled.steps",
+    "compiled.labels",
+    "compiled.anomaly",
+    "compiled.onnx",
+    "compiled.trees",
     "compiled.operations",
     "compiled.program",
     "compiler.translation",
+    "compiler.heads",
+    "compiler.trees",
     "storage.base",
     "storage.reader",
     "storage.local",
@@ -68,6 +74,7 @@ BORDERS = {
     ("uvicorn", "uvloop", "httptools"): {"protocol"},
     ("pydantic_settings", "dotenv"): {"settings"},
     ("cryptography",): {"seal"},
+    ("onnxruntime",): {"compiled.onnx"},
 }
 HEAVY = {"sklearn", "pandas", "scipy", "joblib", "skops"}
 PATHS = {
