@@ -28,6 +28,7 @@ ORDER = [
     "compiled.labels",
     "compiled.anomaly",
     "compiled.onnx",
+    "compiled.masks",
     "compiled.trees",
     "compiled.operations",
     "compiled.program",

@@ -1,9 +1,10 @@
 """Ensembles of decision trees, which give scikit-learn's own sums to the last bit.
 
-There are two ways through the trees. onnxruntime follows a row through a tree at a time: the fastest for few rows. `_walk`
-takes all rows through all trees a level at a time in numpy: the fastest for many rows, because no branch is there to be
-mispredicted, and the smallest, because it needs nothing but the arrays. Neither decides what is summed and in which order:
-leaves are named by the rows of a table of float64, and the table's rows are added up as scikit-learn adds them.
+There are three ways through the trees. onnxruntime follows a row through a tree at a time: the fastest for a row or two.
+Walking takes many rows through all trees a level at a time, in numpy: the fastest for many rows, because no branch is there to
+be mispredicted, and the smallest, because it needs nothing but the arrays. Masks look up what each column's value rules out:
+the fastest for many rows and small trees. None of them decides what is summed and in which order: leaves are named by rows of
+a table of float64, and those are added up as scikit-learn adds them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal, override
 import numpy as np
 
 from app.compiled import onnx
+from app.compiled.masks import Masks, fit
 from app.compiled.op import Op, expect
 from app.signature import Array
 
@@ -26,7 +28,7 @@ MAX_LEVELS = 4096
 _STEPS = 25_000  # tree and row pairs that are walked at once: what is being worked on stays in the cache of a core
 _TREES = 5_000  # of which trees
 _SESSION_ROWS = 1024
-_WALK_FROM_ROWS = (32, 200)
+_MANY = (4, 16, 64)  # rows from which another engine may be the faster one
 _HERE = 0x7FFF_FFFF  # the lower half of a node
 _MISSING_RIGHT = 1 << 31
 _IMPUTE = (
@@ -38,6 +40,8 @@ _IMPUTE = (
     " https://scikit-learn.org/stable/modules/impute.html#estimators-that-handle-nan-values"
 )
 _own = threading.local()
+
+Engine = Literal["onnx", "walk", "masks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +59,7 @@ class Trees(Op, kind="trees"):
     are divided by `divisor`. `accepts` says which input is not refused: `finite` numbers of the dtype, `missing` ones as well, or
     `any`. `estimator` is what messages call it.
 
-    `engine` is `onnx` or `walk`, `walk_from_rows` the size of a batch from which an `onnx` walks nevertheless.
+    `engine` is the way through the trees, and `many` that of batches of `many_from_rows` rows and more.
     """
 
     estimator: str
@@ -67,8 +71,9 @@ class Trees(Op, kind="trees"):
     values: Array
     turns: int
     divisor: float | None
-    engine: Literal["onnx", "walk"]
-    walk_from_rows: int | None
+    engine: Engine
+    many: Engine | None
+    many_from_rows: int
 
     @property
     def outputs(self) -> int:
@@ -79,8 +84,11 @@ class Trees(Op, kind="trees"):
     def check(self) -> None:
         self._check_arrays()
         self._check_nodes()
-        if self.engine == "onnx":
-            _ = self._session  # now, and not in a request
+        # Now, and not in a request.
+        if "onnx" in (self.engine, self.many):
+            _ = self._session
+        if "masks" in (self.engine, self.many):
+            _ = self._masks
 
     def _check_arrays(self) -> None:
         expect(1 <= self.width <= _HERE, "trees of no columns")
@@ -94,7 +102,7 @@ class Trees(Op, kind="trees"):
         expect(self.turns >= 1 and len(self.roots) % self.turns == 0, "trees that cannot take turns")
         expect(self.turns == 1 or self.values.shape[1] == 1, "trees that take turns and have several columns")
         expect(self.divisor is None or (math.isfinite(self.divisor) and self.divisor != 0), "a divisor that is none")
-        expect(self.walk_from_rows is None or self.walk_from_rows >= 1, "a batch of no rows")
+        expect(self.many_from_rows >= 1, "a batch of no rows")
 
     def _check_nodes(self) -> None:
         count = len(self.nodes)
@@ -178,36 +186,82 @@ class Trees(Op, kind="trees"):
             )
         )
 
-    def with_engine(self, engine: Literal["onnx", "walk"], walk_from_rows: int | None = None) -> Trees:
-        """Return the same ensemble, computed another way. A session that there is already is shared."""
-        changed = dataclasses.replace(self, engine=engine, walk_from_rows=walk_from_rows)
-        for name in ("_levels", "_session") if engine == "onnx" else ("_levels",):
-            if name in self.__dict__:
+    @functools.cached_property
+    def _masks(self) -> tuple[Masks, Array]:
+        """Return the masks, and the values of the leaves in their order."""
+        expect(self._suits("masks"), "too large a tree for masks")
+        children, here = self.nodes >> 32, self.nodes & _HERE
+        missing_right = (self.nodes & _MISSING_RIGHT) != 0
+        made = Masks(children, here, self.thresholds, missing_right, self.roots)
+        return made, self.values[here[made.order]]
+
+    def _suits(self, engine: Engine) -> bool:
+        if engine == "onnx":
+            return self._levels <= onnx.MAX_DEPTH and len(self.values) < onnx.MAX_LEAVES
+        leaf = self.nodes >> 32 == np.arange(len(self.nodes))
+        columns = len(np.unique(self.nodes[~leaf] & _HERE))
+        return engine == "walk" or fit(leaf, self.roots, columns)
+
+    def with_engine(self, engine: Engine, many: Engine | None = None, many_from_rows: int = 1) -> Trees:
+        """Return the same ensemble, computed another way. What there is already for an engine is shared."""
+        changed = dataclasses.replace(self, engine=engine, many=many, many_from_rows=many_from_rows)
+        for name, engines in (("_levels", {engine}), ("_session", {"onnx"}), ("_masks", {"masks"})):
+            if name in self.__dict__ and engines & {engine, many}:
                 changed.__dict__[name] = self.__dict__[name]
         return changed
 
     def variants(self) -> tuple[Trees, ...]:
         """Return the ways in which the ensemble can be computed, of which measuring must tell the best."""
-        walking = self.with_engine("walk")
-        if self._levels > onnx.MAX_DEPTH or len(self.values) >= onnx.MAX_LEAVES:
-            return (walking,)
-        return (self.with_engine("onnx"), *(self.with_engine("onnx", rows) for rows in _WALK_FROM_ROWS), walking)
+        numpy: tuple[Engine, ...] = ("masks", "walk") if self._suits("masks") else ("walk",)
+        found = [self.with_engine(engine) for engine in numpy]
+        if self._suits("onnx"):
+            both = [self.with_engine("onnx", numpy[0], rows) for rows in _MANY]
+            return (*both, self.with_engine("onnx"), *found)
+        return tuple(found)
 
     @override
     def run(self, value: Array) -> Array:
         rows = self._cast(value)
-        if self.engine == "walk" or (self.walk_from_rows is not None and len(rows) >= self.walk_from_rows):
-            sums = self._walk(rows)
-        elif self._has_fixed_sums:
-            sums = self._session(rows.astype(np.float64, copy=False))
-        elif len(rows) <= _SESSION_ROWS:
-            sums = self._gather(self._session(rows))
+        count = len(rows)
+        engine = self.engine if self.many is None or count < self.many_from_rows else self.many
+        height, compute = self._computing(engine)
+        if count <= height:
+            sums = compute(rows)
         else:
-            parts = (rows[start : start + _SESSION_ROWS] for start in range(0, len(rows), _SESSION_ROWS))
-            sums = np.concatenate([self._gather(self._session(part)) for part in parts])
+            sums = np.empty((count, self.outputs))
+            for start in range(0, count, height):
+                sums[start : start + height] = compute(rows[start : start + height])
         if self.divisor is not None:
             sums /= self.divisor
         return sums
+
+    def _computing(self, engine: Engine) -> tuple[int, Callable[[Array], Array]]:
+        """Return how many rows to compute at once, and the function from them to sums."""
+        if engine == "onnx":
+            return _SESSION_ROWS, self._by_session
+        if engine == "masks":
+            return self._masks[0].height, self._by_masks
+        return max(1, _STEPS // min(len(self.roots), self._group)), self._by_walking
+
+    def _by_session(self, rows: Array) -> Array:
+        if self._has_fixed_sums:
+            return self._session(rows.astype(np.float64, copy=False))
+        return self._add(self.values, _transposed(self._session(rows)))
+
+    def _by_masks(self, rows: Array) -> Array:
+        masks, values = self._masks
+        return self._add(values, _transposed(masks.leaves(rows)))
+
+    def _by_walking(self, rows: Array) -> Array:
+        total: Array | None = None
+        for first in range(0, len(self.roots), self._group):
+            total = self._add(self.values, self._leaves(rows, self.roots[first : first + self._group]), total)
+        assert total is not None
+        return total
+
+    @property
+    def _group(self) -> int:
+        return max(1, _TREES // self.turns) * self.turns
 
     def _cast(self, value: Array) -> Array:
         """Return the rows as the trees compare them. Raises `ValueError` as scikit-learn does, and in its words."""
@@ -223,41 +277,21 @@ class Trees(Op, kind="trees"):
                 raise ValueError(f"Input X contains infinity or a value too large for {rows.dtype!r}.")
         return rows
 
-    def _gather(self, found: Array) -> Array:
-        """Return the sums for rows of `values`, given as floats of shape (rows, trees)."""
-        numbers = np.empty(found.shape[::-1], np.intp)
-        np.copyto(numbers, found.T, casting="unsafe")
-        return np.add.reduce(self.values.take(numbers, axis=0, mode="clip"), axis=0)  # type: ignore[no-any-return]
-
-    def _walk(self, rows: Array) -> Array:
-        count, trees = len(rows), len(self.roots)
-        group = trees if trees <= _TREES else max(1, _TREES // self.turns) * self.turns
-        height = min(count, max(1, _STEPS // group))
-        sums = np.empty((count, self.outputs))
-        for start in range(0, count, height):
-            part = rows[start : start + height]
-            total: Array | None = None
-            for first in range(0, trees, group):
-                total = self._add(self._leaves(part, self.roots[first : first + group]), total)
-            sums[start : start + height] = total
-        return sums
-
-    def _add(self, numbers: Array, before: Array | None) -> Array:
-        """Return the sums, of shape (rows, outputs), for rows of `values` of shape (trees, rows), after those of the trees `before`."""
+    def _add(self, values: Array, numbers: Array, before: Array | None = None) -> Array:
+        """Return the sums, of shape (rows, outputs), for rows of `values` of shape (trees, rows), after the trees `before`."""
         trees, count = numbers.shape
-        if self.turns > 1:
-            shape: tuple[int, ...] = (trees // self.turns, self.turns, count)
-            terms = self.values[:, 0].take(numbers, mode="clip").reshape(shape)
-        else:
-            terms = self.values.take(numbers, axis=0, mode="clip")
+        if values.shape[1] == 1:
+            terms = values[:, 0].take(numbers, mode="clip").reshape(trees // self.turns, self.turns, count)
+            if before is not None:
+                terms = np.concatenate((before.T[None], terms))
+            # Along the first axis numpy adds one after the other, as scikit-learn does; along an axis that is the only one, in pairs.
+            if count == self.turns == 1:
+                return np.add.accumulate(terms[:, 0])[-1:]
+            return np.add.reduce(terms, axis=0).T  # type: ignore[no-any-return]
+        terms = values.take(numbers, axis=0, mode="clip")
         if before is not None:
-            terms = np.concatenate(((before.T if self.turns > 1 else before)[None], terms))
-        # Along the first axis numpy adds one after the other, as scikit-learn does; along an axis that is the only one, in pairs.
-        if terms[0].size == 1:
-            added = np.add.accumulate(terms.reshape(-1))[-1:].reshape(terms.shape[1:])
-        else:
-            added = np.add.reduce(terms, axis=0)
-        return added.T if self.turns > 1 else added
+            terms = np.concatenate((before[None], terms))
+        return np.add.reduce(terms, axis=0)  # type: ignore[no-any-return]
 
     def _leaves(self, rows: Array, roots: Array) -> Array:
         """Return the row of `values` for each tree and row, of shape (trees, rows)."""
@@ -300,6 +334,13 @@ class Trees(Op, kind="trees"):
             ended[places] = node
             node = ended
         return (nodes.take(node, mode="clip") & _HERE).reshape(-1, count)
+
+
+def _transposed(numbers: Array) -> Array:
+    """Return numbers, which may be floats, of shape (rows, trees) as indices of shape (trees, rows)."""
+    indices = np.empty(numbers.shape[::-1], np.intp)
+    np.copyto(indices, numbers.T, casting="unsafe")
+    return indices
 
 
 def _buffers(size: int, dtype: np.dtype[Any]) -> tuple[Array, ...]:

@@ -98,7 +98,8 @@ def join(
         turns=turns,
         divisor=divisor,
         engine="onnx" if _is_for_a_session(joined, table) else "walk",
-        walk_from_rows=None,
+        many=None,
+        many_from_rows=1,
     )
 
 
