@@ -106,14 +106,20 @@ class Logarithm(Op, kind="logarithm"):
 class Link(Op, kind="link"):
     """The inverse of a link function: from raw scores of shape (rows, columns) or (rows,) to what they stand for, of the same shape.
 
-    `exponential`; `logistic`: 1 / (1 + exp(-`factor` x)); `softmax`, over each row.
+    The scores are first divided by `divisor`. `exponential`; `logistic`: 1 / (1 + exp(-x)); `softmax`, over each row.
     """
 
     function: Literal["exponential", "logistic", "softmax"]
-    factor: float
+    divisor: float
+
+    @override
+    def check(self) -> None:
+        expect(math.isfinite(self.divisor) and self.divisor != 0, "a divisor that is none")
 
     @override
     def run(self, value: Array) -> Array:
+        if self.divisor != 1:
+            value = value / self.divisor
         if self.function == "exponential":
             return np.exp(value)
         if self.function == "logistic":
@@ -122,13 +128,14 @@ class Link(Op, kind="link"):
         powers /= powers.sum(axis=1, keepdims=True)
         return powers
 
-    def _logistic(self, value: Array) -> Array:
+    @staticmethod
+    def _logistic(value: Array) -> Array:
         # numpy has an exp of its own, which differs from the C library's in the last bit; scipy, and so scikit-learn, takes the latter.
-        factor, exp = -self.factor, math.exp
+        exp = math.exp
         try:
-            return np.array([1 / (1 + exp(factor * raw)) for raw in value.reshape(-1).tolist()]).reshape(value.shape)
+            return np.array([1 / (1 + exp(-raw)) for raw in value.reshape(-1).tolist()]).reshape(value.shape)
         except OverflowError:  # the result is 0 where numpy says infinity
-            return 1 / (1 + np.exp(factor * value))
+            return 1 / (1 + np.exp(-value))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,3 +150,40 @@ class BothClasses(Op, kind="both_classes"):
         both[:, 1] = value
         np.subtract(1, value, out=both[:, 0])
         return both
+
+
+@dataclass(frozen=True, eq=False)
+class Margin(Op, kind="margin"):
+    """How far the score of the second of two classes is above that of the first: from (rows, 2) to (rows,)."""
+
+    @override
+    def run(self, value: Array) -> Array:
+        return value[:, 1] - value[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Mirrored(Op, kind="mirrored"):
+    """The negative of a score beside it: from (rows,) to (rows, 2)."""
+
+    @override
+    def run(self, value: Array) -> Array:
+        return np.stack((-value, value), axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedMedian(Op, kind="weighted_median"):
+    """The median of each row, its columns weighted: from (rows, columns) to (rows,). `weights`: float64, of shape (columns,)."""
+
+    weights: Array
+
+    @override
+    def check(self) -> None:
+        expect(self.weights.ndim == 1 and self.weights.dtype == np.float64 and len(self.weights) >= 1, "no weights")
+
+    @override
+    def run(self, value: Array) -> Array:
+        order = np.argsort(value, axis=1)
+        reached = np.cumsum(self.weights[order], axis=1)
+        middle = (reached >= 0.5 * reached[:, -1:]).argmax(axis=1)
+        rows = np.arange(len(value))
+        return value[rows, order[rows, middle]]

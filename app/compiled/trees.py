@@ -353,3 +353,67 @@ def _buffers(size: int, dtype: np.dtype[Any]) -> tuple[Array, ...]:
         kinds = (np.int64, np.int64, np.int64, dtype, dtype, np.bool_, np.int64)
         found = kept[dtype] = tuple(np.empty(max(size, _STEPS), kind) for kind in kinds)
     return tuple(buffer[:size] for buffer in found)
+
+
+@dataclass(frozen=True, eq=False)
+class Memberships(Op, kind="memberships"):
+    """Columns that say whether a row's category is one of a set, put behind those that there are: (rows, width) to (rows, more).
+
+    `categories`, float64, are those of one column after the other, each column's in ascending order, `counts` of them for each of
+    `columns`. A set belongs to the column at its place `of` among `columns`; what it says is in `outcomes`, 0 or 1, from its place in
+    `starts`: for each category, then for every other value, a missing one too. All but `categories` are int64, and of one axis.
+    """
+
+    estimator: str
+    width: int
+    columns: Array
+    counts: Array
+    categories: Array
+    of: Array
+    starts: Array
+    outcomes: Array
+
+    @override
+    def check(self) -> None:
+        for array in (self.columns, self.counts, self.of, self.starts, self.outcomes):
+            expect(array.ndim == 1 and array.dtype == np.int64 and len(array) >= 1, "sets that are no integers")
+            expect(int(array.min()) >= 0, "sets of negative numbers")
+        expect(self.categories.ndim == 1 and self.categories.dtype == np.float64, "categories that are no floats")
+        expect(int(self.columns.max()) < self.width <= _HERE, f"a column that is not among {self.width}")
+        expect(len(self.counts) == len(self.columns), "other counts than columns")
+        expect(int(self.counts.max()) <= len(self.categories), "categories that are not there")
+        expect(int(self.counts.sum()) == len(self.categories), "categories that are not there")
+        expect(not np.isnan(self.categories).any(), "a category that is no number")
+        expect(len(self.of) == len(self.starts) and int(self.of.max()) < len(self.columns), "a set of no column")
+        expect(int(self.starts.max()) < len(self.outcomes), "a set that is not there")
+        expect(int((self.starts + self.counts[self.of]).max()) < len(self.outcomes), "a set that is not there")
+
+    @functools.cached_property
+    def _sorted(self) -> Array:
+        # One search for all columns: complex numbers are ordered by their real parts, then by their imaginary ones.
+        keys = np.empty(len(self.categories), np.complex128)
+        keys.real = np.repeat(np.arange(len(self.counts)), self.counts)
+        keys.imag = self.categories
+        return keys
+
+    @functools.cached_property
+    def _bases(self) -> Array:
+        return np.cumsum(self.counts) - self.counts
+
+    @override
+    def run(self, value: Array) -> Array:
+        if value.ndim != 2 or value.shape[1] != self.width:
+            raise ValueError(
+                f"X has {value.shape[-1]} features, but {self.estimator} is expecting {self.width} features as input."
+            )
+        sought = np.empty((len(value), len(self.columns)), np.complex128)
+        sought.real = np.arange(len(self.columns))
+        sought.imag = value.take(self.columns, axis=1)
+        keys = self._sorted
+        found = keys.searchsorted(sought)
+        known = keys.take(found, mode="clip") == sought if len(keys) else np.zeros(found.shape, np.bool_)
+        codes = np.where(known, found - self._bases, self.counts)
+        more = np.empty((len(value), self.width + len(self.of)))
+        more[:, : self.width] = value
+        more[:, self.width :] = self.outcomes.take(codes.take(self.of, axis=1) + self.starts)
+        return more

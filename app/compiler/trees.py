@@ -9,10 +9,21 @@ from typing import Any, Literal
 import numpy as np
 
 from app.compiled.anomaly import Inliers, PathLengths
-from app.compiled.labels import BothClasses, Each, First, Labels, Link, Logarithm, Parts
+from app.compiled.labels import (
+    BothClasses,
+    Each,
+    First,
+    Labels,
+    Link,
+    Logarithm,
+    Margin,
+    Mirrored,
+    Parts,
+    WeightedMedian,
+)
 from app.compiled.op import Op
 from app.compiled.steps import Chain
-from app.compiled.trees import MAX_LEVELS, Trees
+from app.compiled.trees import MAX_LEVELS, Memberships, Trees
 from app.compiler.translation import Flow, NotCompilable, predicts
 from app.signature import Array
 
@@ -61,6 +72,7 @@ def join(
     dtype: Any = np.float32,
     turns: int = 1,
     divisor: float | None = None,
+    width: int | None = None,
 ) -> Trees:
     """Return the ensemble of `trees`. Raises `NotCompilable` for what could not be checked when it is read."""
     if flow.kind != "matrix":
@@ -89,7 +101,7 @@ def join(
         raise NotCompilable("its leaves have values that are not finite")
     return Trees(
         estimator=type(estimator).__name__,
-        width=int(estimator.n_features_in_),
+        width=int(estimator.n_features_in_) if width is None else width,
         accepts=accepts,
         nodes=joined,
         thresholds=np.concatenate(thresholds),
@@ -289,7 +301,7 @@ def _inverse(link: Any) -> Op:
         "IdentityLink": Chain(()),
         "LogLink": Link("exponential", 1.0),
         "LogitLink": Link("logistic", 1.0),
-        "HalfLogitLink": Link("logistic", 2.0),
+        "HalfLogitLink": Link("logistic", 0.5),
     }
     if name not in known:
         raise NotCompilable(f"its loss has a {name}")
@@ -314,24 +326,85 @@ def histogram_regressor(estimator: Any, flow: Flow) -> Mapping[str, Op]:
 
 
 def _binned(estimator: Any, flow: Flow) -> Op:
-    if getattr(estimator, "_preprocessor", None) is not None:
-        raise NotCompilable("it has categorical features")
+    width = estimator.n_features_in_
+    sets = _Sets(estimator, width)
     starts = [constant([start]) for start in np.asarray(estimator._baseline_prediction).reshape(-1)]
-    trees = [_of_predictor(predictor) for iteration in estimator._predictors for predictor in iteration]
-    return join([*starts, *trees], flow, estimator, accepts="any", dtype=np.float64, turns=len(starts))
+    trees = [_of_predictor(predictor, sets) for iteration in estimator._predictors for predictor in iteration]
+    ensemble = join(
+        [*starts, *trees],
+        flow,
+        estimator,
+        accepts="any",
+        dtype=np.float64,
+        turns=len(starts),
+        width=width + len(sets.of),
+    )
+    return Chain((sets.operation(), ensemble)) if sets.of else ensemble
 
 
-def _of_predictor(predictor: Any) -> Tree:
+class _Sets:
+    """The sets of categories that the trees of histogram boosting ask for; each becomes a column behind those of the input."""
+
+    def __init__(self, estimator: Any, width: int) -> None:
+        self._name, self._width = type(estimator).__name__, width
+        self.columns: list[int] = list(range(width))
+        """Which column of the input a feature of the trees is: where some are categorical, those come first."""
+        self._categories: list[Array] = []
+        encoder = getattr(estimator, "_preprocessor", None)
+        if encoder is not None:
+            categorical = np.asarray(estimator.is_categorical_, np.bool_)
+            self.columns = [*np.flatnonzero(categorical).tolist(), *np.flatnonzero(~categorical).tolist()]
+            for categories in encoder.named_transformers_["encoder"].categories_:
+                if categories.dtype.kind not in "biuf":
+                    raise NotCompilable("its categories are not numbers")
+                numbers = categories.astype(np.float64)
+                self._categories.append(numbers[~np.isnan(numbers)])
+        self.of: list[int] = []
+        self._outcomes: list[Array] = []
+        self._known: dict[tuple[int, bytes], int] = {}
+
+    def column(self, feature: int, bits: Array, missing_left: bool) -> int:
+        """Return the column that is 1 where a row goes right: its category is not in the set of `bits`, of shape (8,), uint32."""
+        codes = np.arange(len(self._categories[feature]))
+        outcomes = np.append(1 - (bits[codes // 32] >> (codes % 32) & 1), not missing_left).astype(np.int64)
+        key = (feature, outcomes.tobytes())
+        if key not in self._known:
+            self._known[key] = len(self.of)
+            self.of.append(feature)
+            self._outcomes.append(outcomes)
+        return self._width + self._known[key]
+
+    def operation(self) -> Op:
+        """Return the operation that adds the columns."""
+        sizes = np.array([len(outcomes) for outcomes in self._outcomes], np.int64)
+        return Memberships(
+            estimator=self._name,
+            width=self._width,
+            columns=np.array(self.columns[: len(self._categories)], np.int64),
+            counts=np.array([len(categories) for categories in self._categories], np.int64),
+            categories=np.concatenate(self._categories),
+            of=np.array(self.of, np.int64),
+            starts=np.cumsum(sizes) - sizes,
+            outcomes=np.concatenate(self._outcomes),
+        )
+
+
+def _of_predictor(predictor: Any, sets: _Sets) -> Tree:
     nodes = predictor.nodes
     leaf = nodes["is_leaf"].astype(np.bool_)
-    if (nodes["is_categorical"].astype(np.bool_) & ~leaf).any():
-        raise NotCompilable("it has categorical features")
+    feature = np.array(sets.columns)[np.where(leaf, 0, nodes["feature_idx"])]
+    threshold = nodes["num_threshold"].copy()
+    missing_left = nodes["missing_go_to_left"].astype(np.bool_)
+    for place in np.flatnonzero(nodes["is_categorical"].astype(np.bool_) & ~leaf):
+        bits = predictor.raw_left_cat_bitsets[nodes["bitset_idx"][place]]
+        feature[place] = sets.column(int(nodes["feature_idx"][place]), bits, bool(missing_left[place]))
+        threshold[place] = 0.5
     return Tree(
         left=np.where(leaf, -1, nodes["left"].astype(np.int64)),
         right=np.where(leaf, -1, nodes["right"].astype(np.int64)),
-        feature=nodes["feature_idx"].astype(np.int64),
-        threshold=nodes["num_threshold"],
-        missing_left=nodes["missing_go_to_left"].astype(np.bool_),
+        feature=feature,
+        threshold=threshold,
+        missing_left=missing_left,
         values=nodes["value"][:, None],
     )
 
@@ -360,3 +433,80 @@ def isolation_forest(estimator: Any, flow: Flow) -> Mapping[str, Op]:
         "decision_function": Chain((ensemble, scores, Inliers(float(estimator.offset_), decided=False))),
         "score_samples": Chain((ensemble, scores)),
     }
+
+
+_SINGLE_CLASSIFIERS = ("DecisionTreeClassifier", "ExtraTreeClassifier")
+_SINGLE_REGRESSORS = ("DecisionTreeRegressor", "ExtraTreeRegressor")
+
+
+def _check_members(estimator: Any, names: tuple[str, ...]) -> None:
+    for member in estimator.estimators_:
+        cls = type(member)
+        if cls.__module__ != "sklearn.tree._classes" or cls.__name__ not in names:
+            raise NotCompilable(f"its members are {cls.__name__}, not trees")
+
+
+@predicts(f"{_ENSEMBLE}_bagging.BaggingClassifier")
+def bagging_classifier(estimator: Any, flow: Flow) -> Mapping[str, Op]:
+    """Translate bagged classification trees, but for the logarithms, which are added up there."""
+    _check_members(estimator, _SINGLE_CLASSIFIERS)
+    trees = []
+    for member, columns in zip(estimator.estimators_, estimator.estimators_features_, strict=True):
+        found = member.tree_.value[:, 0, : len(member.classes_)]
+        values = np.zeros((len(found), estimator.n_classes_))
+        values[:, np.arange(estimator.n_classes_) if found.shape[1] == values.shape[1] else member.classes_] = found
+        trees.append(of_tree(member, values, columns))
+    accepts = _accepts(estimator.estimators_[0])
+    ensemble = join(trees, flow, estimator, accepts=accepts, divisor=float(estimator.n_estimators))
+    heads = _of_probabilities(ensemble, estimator.classes_)
+    del heads["predict_log_proba"]
+    return heads
+
+
+@predicts(f"{_ENSEMBLE}_bagging.BaggingRegressor")
+def bagging_regressor(estimator: Any, flow: Flow) -> Mapping[str, Op]:
+    """Translate bagged regression trees."""
+    _check_members(estimator, _SINGLE_REGRESSORS)
+    members = zip(estimator.estimators_, estimator.estimators_features_, strict=True)
+    trees = [of_tree(member, member.tree_.value[:, :, 0], columns) for member, columns in members]
+    outputs = trees[0].values.shape[1]
+    accepts = _accepts(estimator.estimators_[0])
+    ensemble = join(trees, flow, estimator, accepts=accepts, divisor=float(estimator.n_estimators))
+    return {"predict": Chain((ensemble, First()) if outputs == 1 else (ensemble,))}
+
+
+@predicts(f"{_ENSEMBLE}_weight_boosting.AdaBoostClassifier")
+def ada_boost_classifier(estimator: Any, flow: Flow) -> Mapping[str, Op]:
+    """Translate boosted classification trees, which vote with weights."""
+    _check_members(estimator, _SINGLE_CLASSIFIERS)
+    count = int(estimator.n_classes_)
+    if count < 2:
+        raise NotCompilable("it knows but one class")
+    trees = []
+    for member, weight in zip(estimator.estimators_, estimator.estimator_weights_, strict=False):
+        chosen = member.classes_.take(np.argmax(member.tree_.value[:, 0, :], axis=1))
+        votes = np.where(chosen[:, None] == estimator.classes_, weight, -1 / (count - 1) * weight)
+        trees.append(of_tree(member, votes))
+    divisor = float(estimator.estimator_weights_.sum())
+    ensemble = join(trees, flow, estimator, accepts="finite", divisor=divisor)
+    if count == 2:
+        decision: tuple[Op, ...] = (ensemble, Margin())
+        predicted, softmax = labels(estimator.classes_, "positive"), (Mirrored(), Link("softmax", 2.0))
+    else:
+        decision, predicted, softmax = (ensemble,), labels(estimator.classes_), (Link("softmax", count - 1.0),)  # type: ignore[assignment]
+    return {
+        "predict": Chain((*decision, predicted)),
+        "predict_proba": Chain((*decision, *softmax)),
+        "predict_log_proba": Chain((*decision, *softmax, Logarithm())),
+        "decision_function": Chain(decision),
+    }
+
+
+@predicts(f"{_ENSEMBLE}_weight_boosting.AdaBoostRegressor")
+def ada_boost_regressor(estimator: Any, flow: Flow) -> Mapping[str, Op]:
+    """Translate boosted regression trees, whose weighted median is taken."""
+    _check_members(estimator, _SINGLE_REGRESSORS)
+    trees = [of_tree(member) for member in estimator.estimators_]
+    ensemble = join(trees, flow, estimator, accepts="finite", turns=len(trees))
+    weights = np.array(estimator.estimator_weights_[: len(trees)], np.float64)
+    return {"predict": Chain((ensemble, WeightedMedian(weights)))}
