@@ -7,10 +7,12 @@ looking: give it only trees whose every index is known to be good.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
 
+from app.errors import LoadFailed
 from app.signature import Array
 
 MAX_DEPTH = 400  # onnxruntime builds a tree by recursion
@@ -81,8 +83,17 @@ def ensemble(
 
 
 def session(model: bytes) -> Callable[[Array], Array]:
-    """Return the function from X to Y of a model that `ensemble` made. It starts no thread, and survives a fork."""
-    import onnxruntime
+    """Return the function from X to Y of a model that `ensemble` made. It starts no thread, and survives a fork.
+
+    Raises `LoadFailed` where onnxruntime is missing, or cannot make a session of the model.
+    """
+    # It would report its use to Microsoft: from a thread of its own, which no process that forks may have, and from a database
+    # that it keeps on the disk.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise LoadFailed("is computed by onnxruntime, which is not installed") from error
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -91,7 +102,10 @@ def session(model: bytes) -> Callable[[Array], Array]:
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.log_severity_level = 4
-    made = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        made = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # each of its states is a class of its own
+        raise LoadFailed(f"cannot be computed by onnxruntime: {error}") from error
     run, outputs = made._sess.run, ["Y"]
 
     def compute(rows: Array) -> Array:

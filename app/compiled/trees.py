@@ -27,7 +27,8 @@ from app.signature import Array
 MAX_LEVELS = 4096
 _STEPS = 25_000  # tree and row pairs that are walked at once: what is being worked on stays in the cache of a core
 _TREES = 5_000  # of which trees
-_SESSION_ROWS = 1024
+_ROWS = 1024  # rows that are computed at once at most
+_TERMS = 1_000_000  # numbers that are added up at once at most
 _MANY = (4, 16, 64)  # rows from which another engine may be the faster one
 _HERE = 0x7FFF_FFFF  # the lower half of a node
 _MISSING_RIGHT = 1 << 31
@@ -238,10 +239,10 @@ class Trees(Op, kind="trees"):
     def _computing(self, engine: Engine) -> tuple[int, Callable[[Array], Array]]:
         """Return how many rows to compute at once, and the function from them to sums."""
         if engine == "onnx":
-            return _SESSION_ROWS, self._by_session
+            return self._height if not self._has_fixed_sums else _ROWS, self._by_session
         if engine == "masks":
-            return self._masks[0].height, self._by_masks
-        return max(1, _STEPS // min(len(self.roots), self._group)), self._by_walking
+            return min(self._height, self._masks[0].height), self._by_masks
+        return max(1, min(self._height, _STEPS // min(len(self.roots), self._group))), self._by_walking
 
     def _by_session(self, rows: Array) -> Array:
         if self._has_fixed_sums:
@@ -259,9 +260,13 @@ class Trees(Op, kind="trees"):
         assert total is not None
         return total
 
-    @property
+    @functools.cached_property
     def _group(self) -> int:
         return max(1, _TREES // self.turns) * self.turns
+
+    @functools.cached_property
+    def _height(self) -> int:
+        return int(min(_ROWS, max(1, _TERMS // (len(self.roots) * self.values.shape[1]))))
 
     def _cast(self, value: Array) -> Array:
         """Return the rows as the trees compare them. Raises `ValueError` as scikit-learn does, and in its words."""

@@ -28,6 +28,9 @@ from app.compiler.translation import Flow, NotCompilable, predicts
 from app.signature import Array
 
 Accepts = Literal["finite", "missing", "any"]
+MAX_UNMEASURED_NODES = (
+    500_000  # where nobody measures which engine is best: a session takes ten times what the nodes take
+)
 _ENSEMBLE = "sklearn.ensemble."
 _TREE = "sklearn.tree._classes."
 
@@ -99,7 +102,7 @@ def join(
     joined[leaf] = (joined[leaf] >> 32 << 32) | numbers
     if not np.isfinite(table).all():
         raise NotCompilable("its leaves have values that are not finite")
-    return Trees(
+    walking = Trees(
         estimator=type(estimator).__name__,
         width=int(estimator.n_features_in_) if width is None else width,
         accepts=accepts,
@@ -109,10 +112,11 @@ def join(
         values=table,
         turns=turns,
         divisor=divisor,
-        engine="onnx" if _is_for_a_session(joined, table) else "walk",
+        engine="walk",
         many=None,
         many_from_rows=1,
     )
+    return walking.variants()[0] if len(joined) <= MAX_UNMEASURED_NODES else walking
 
 
 def _by_level(tree: Tree) -> tuple[Array, Array]:
@@ -147,10 +151,6 @@ def _different(values: Array) -> tuple[Array, Array]:
         _, numbers = np.unique(numbers * len(different) + inverse, return_inverse=True)
     _, first = np.unique(numbers, return_index=True)
     return np.ascontiguousarray(values[first]), numbers
-
-
-def _is_for_a_session(nodes: Array, values: Array) -> bool:
-    return len(nodes) <= 500_000
 
 
 def labels(classes: Any, rule: Literal["greatest", "positive", "not_negative"] = "greatest") -> Labels:
