@@ -30,6 +30,7 @@ _TREES = 5_000  # of which trees
 _ROWS = 1024  # rows that are computed at once at most
 _TERMS = 1_000_000  # numbers that are added up at once at most
 _MANY = (4, 16, 64)  # rows from which another engine may be the faster one
+_CHECKED = 1 << 16
 _HERE = 0x7FFF_FFFF  # the lower half of a node
 _MISSING_RIGHT = 1 << 31
 _IMPUTE = (
@@ -106,29 +107,32 @@ class Trees(Op, kind="trees"):
         expect(self.many_from_rows >= 1, "a batch of no rows")
 
     def _check_nodes(self) -> None:
-        count = len(self.nodes)
-        expect(int(self.nodes.min()) >= 0, "a node before the first")
-        places = np.arange(count)
-        children = self.nodes >> 32
-        here = self.nodes & _HERE
-        leaf = children == places
-        inner = ~leaf
-        expect(bool((children[inner] > places[inner]).all()), "a child before its node")
-        expect(bool((here[inner] < self.width).all()), f"a column that is not among {self.width}")
-        expect(not np.isnan(self.thresholds[inner]).any(), "a threshold that is no number")
-        expect(bool((here[leaf] < len(self.values)).all()), "a leaf without a value")
-        expect(not (self.nodes[leaf] & _MISSING_RIGHT).any(), "a leaf with a direction")
-        expect(bool((self.thresholds[leaf] == np.inf).all()), "a leaf with a threshold")
-        roots = self.roots
+        count, roots = len(self.nodes), self.roots
         expect(int(roots[0]) == 0 and bool((np.diff(roots) > 0).all()) and int(roots[-1]) < count, "roots out of order")
-        # A node has one parent, in its own tree, or is the root: so from a root every path ends, and meets no other.
+        expect(int(self.nodes.min()) >= 0, "a node before the first")
         ends = np.append(roots[1:], count)
-        expect(
-            bool((children[inner] + 1 < np.repeat(ends, ends - roots)[inner]).all()), "a child that is in another tree"
-        )
         met = np.zeros(count, np.bool_)
-        met[roots] = met[children[inner]] = met[children[inner] + 1] = True
-        expect(bool(met.all()) and len(roots) + 2 * int(inner.sum()) == count, "a node with no parent or with two")
+        met[roots] = True
+        inner_nodes = 0
+        for start in range(0, count, _CHECKED):  # in parts: what is worked on here should not outweigh the trees
+            nodes, thresholds = self.nodes[start : start + _CHECKED], self.thresholds[start : start + _CHECKED]
+            places = np.arange(start, start + len(nodes))
+            children, here = nodes >> 32, nodes & _HERE
+            leaf = children == places
+            expect(bool((here[leaf] < len(self.values)).all()), "a leaf without a value")
+            expect(not (nodes[leaf] & _MISSING_RIGHT).any(), "a leaf with a direction")
+            expect(bool((thresholds[leaf] == np.inf).all()), "a leaf with a threshold")
+            inner = ~leaf
+            children, places = children[inner], places[inner]
+            expect(bool((children > places).all()), "a child before its node")
+            expect(bool((here[inner] < self.width).all()), f"a column that is not among {self.width}")
+            expect(not np.isnan(thresholds[inner]).any(), "a threshold that is no number")
+            tree_ends = ends[np.searchsorted(roots, places, side="right") - 1]
+            expect(bool((children + 1 < tree_ends).all()), "a child that is in another tree")
+            met[children] = met[children + 1] = True
+            inner_nodes += len(children)
+        # A node has one parent, or is a root: so from a root every path ends, and meets no other.
+        expect(bool(met.all()) and len(roots) + 2 * inner_nodes == count, "a node with no parent or with two")
         expect(self._levels <= MAX_LEVELS, f"a tree of more than {MAX_LEVELS} levels")
 
     @functools.cached_property
@@ -319,8 +323,8 @@ class Trees(Op, kind="trees"):
             if missing:
                 greater |= np.isnan(value) & ((word & _MISSING_RIGHT) != 0)
             np.right_shift(word, 32, out=word)
-            np.add(word, greater, out=word)
             if level % 2 and level + 2 < self._levels:
+                np.add(word, greater, out=word)
                 np.not_equal(node, word, out=greater)
                 if 2 * np.count_nonzero(greater) < len(node):
                     going = np.flatnonzero(greater)
@@ -333,8 +337,10 @@ class Trees(Op, kind="trees"):
                     word, column, value, threshold, greater = (it[: len(going)] for it in buffers[1:6])
                     if not len(going):
                         break
-                    continue
-            np.copyto(node, word)
+                else:
+                    np.copyto(node, word)
+            else:
+                np.add(word, greater, out=node)
         if ended is not None:
             ended[places] = node
             node = ended

@@ -269,7 +269,7 @@ def test_arrays_that_are_no_trees_are_refused(change, engine):
         stored(trees, change)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_arrays_with_random_numbers_in_them_are_refused_or_computed(seed):
     random = np.random.default_rng(seed)
     outcomes = {True: 0, False: 0}
@@ -288,7 +288,7 @@ def test_arrays_with_random_numbers_in_them_are_refused_or_computed(seed):
         -(1 << 63),
         (1 << 63) - 1,
     ]
-    for _ in range(1500):
+    for _ in range(1200):
         columns, turns = [(1, 1), (2, 1), (1, 2)][random.integers(3)]
         trees = ensemble(random, trees=2, splits=5, columns=columns, turns=turns)
         engine = random.choice(["walk", "onnx", "masks"])
