@@ -31,6 +31,7 @@ _ROWS = 1024  # rows that are computed at once at most
 _TERMS = 1_000_000  # numbers that are added up at once at most
 _MANY = (4, 16, 64)  # rows from which another engine may be the faster one
 _CHECKED = 1 << 16
+_SHORT = 2
 _HERE = 0x7FFF_FFFF  # the lower half of a node
 _MISSING_RIGHT = 1 << 31
 _IMPUTE = (
@@ -274,10 +275,8 @@ class Trees(Op, kind="trees"):
 
     def _cast(self, value: Array) -> Array:
         """Return the rows as the trees compare them. Raises `ValueError` as scikit-learn does, and in its words."""
-        if value.ndim != 2 or value.shape[1] != self.width:
-            raise ValueError(
-                f"X has {value.shape[-1]} features, but {self.estimator} is expecting {self.width} features as input."
-            )
+        if value.shape[1:] != (self.width,):
+            raise ValueError(_other_width(value, self.estimator, self.width))
         rows = value.astype(self.thresholds.dtype, order="C", copy=False)
         if self.accepts != "any" and not math.isfinite(np.add.reduce(rows, None)):
             if self.accepts == "finite" and np.isnan(rows).any():
@@ -289,18 +288,11 @@ class Trees(Op, kind="trees"):
     def _add(self, values: Array, numbers: Array, before: Array | None = None) -> Array:
         """Return the sums, of shape (rows, outputs), for rows of `values` of shape (trees, rows), after the trees `before`."""
         trees, count = numbers.shape
-        if values.shape[1] == 1:
-            terms = values[:, 0].take(numbers, mode="clip").reshape(trees // self.turns, self.turns, count)
-            if before is not None:
-                terms = np.concatenate((before.T[None], terms))
-            # Along the first axis numpy adds one after the other, as scikit-learn does; along an axis that is the only one, in pairs.
-            if count == self.turns == 1:
-                return np.add.accumulate(terms[:, 0])[-1:]
-            return np.add.reduce(terms, axis=0).T  # type: ignore[no-any-return]
-        terms = values.take(numbers, axis=0, mode="clip")
-        if before is not None:
-            terms = np.concatenate((before[None], terms))
-        return np.add.reduce(terms, axis=0)  # type: ignore[no-any-return]
+        if values.shape[1] > 1:
+            terms = values.take(numbers, axis=0, mode="clip")
+            return _summed(terms if before is None else np.concatenate((before[None], terms)))
+        terms = values.reshape(-1).take(numbers, mode="clip").reshape(trees // self.turns, self.turns, count)
+        return _summed(terms if before is None else np.concatenate((before.T[None], terms))).T
 
     def _leaves(self, rows: Array, roots: Array) -> Array:
         """Return the row of `values` for each tree and row, of shape (trees, rows)."""
@@ -345,6 +337,20 @@ class Trees(Op, kind="trees"):
             ended[places] = node
             node = ended
         return (nodes.take(node, mode="clip") & _HERE).reshape(-1, count)
+
+
+def _other_width(rows: Array, estimator: str, width: int) -> str:
+    return f"X has {rows.shape[-1]} features, but {estimator} is expecting {width} features as input."
+
+
+def _summed(terms: Array) -> Array:
+    """Return the sums along the first axis, added one after the other, as scikit-learn adds.
+
+    numpy's sum along an only axis is not: it adds in pairs. What is short beside that axis is quicker accumulated anyway.
+    """
+    if terms[0].size <= _SHORT:
+        return np.add.accumulate(terms, axis=0)[-1]  # type: ignore[no-any-return]
+    return np.add.reduce(terms, axis=0)  # type: ignore[no-any-return]
 
 
 def _transposed(numbers: Array) -> Array:
@@ -413,10 +419,8 @@ class Memberships(Op, kind="memberships"):
 
     @override
     def run(self, value: Array) -> Array:
-        if value.ndim != 2 or value.shape[1] != self.width:
-            raise ValueError(
-                f"X has {value.shape[-1]} features, but {self.estimator} is expecting {self.width} features as input."
-            )
+        if value.shape[1:] != (self.width,):
+            raise ValueError(_other_width(value, self.estimator, self.width))
         sought = np.empty((len(value), len(self.columns)), np.complex128)
         sought.real = np.arange(len(self.columns))
         sought.imag = value.take(self.columns, axis=1)
