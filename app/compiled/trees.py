@@ -88,6 +88,7 @@ class Trees(Op, kind="trees"):
         self._check_arrays()
         self._check_nodes()
         # Now, and not in a request.
+        _ = self._some_missing_right
         if "onnx" in (self.engine, self.many):
             _ = self._session
         if "masks" in (self.engine, self.many):
@@ -277,6 +278,10 @@ class Trees(Op, kind="trees"):
         """Return the rows as the trees compare them. Raises `ValueError` as scikit-learn does, and in its words."""
         if value.shape[1:] != (self.width,):
             raise ValueError(_other_width(value, self.estimator, self.width))
+        if not len(value):
+            raise ValueError(
+                f"Found array with 0 sample(s) (shape={value.shape}) while a minimum of 1 is required by {self.estimator}."
+            )
         rows = value.astype(self.thresholds.dtype, order="C", copy=False)
         if self.accepts != "any" and not math.isfinite(np.add.reduce(rows, None)):
             if self.accepts == "finite" and np.isnan(rows).any():

@@ -322,6 +322,16 @@ def test_rows_of_another_width_are_refused_in_the_words_of_the_estimator(name):
             assert str(refused.value) == str(wanted.value)
 
 
+def test_no_rows_are_refused_in_the_words_of_the_estimator():
+    with pytest.raises(ValueError, match="0 sample") as wanted:
+        fitted("forest, words").predict(ROWS[:0])
+
+    for _way, made in every_way(program("forest, words")):
+        with pytest.raises(ValueError, match="0 sample") as refused:
+            run(made, ROWS[:0], "predict")
+        assert str(refused.value) == str(wanted.value)
+
+
 @pytest.mark.parametrize(
     ("estimator", "target", "reason"),
     [
