@@ -59,7 +59,7 @@ def of_tree(estimator: Any, values: Array | None = None, columns: Any = None) ->
     `columns` are those of the input that it was fitted with, if not with all.
     """
     fitted = estimator.tree_
-    feature = fitted.feature if columns is None else np.asarray(columns)[fitted.feature]
+    feature = fitted.feature if columns is None else np.asarray(columns)[np.maximum(fitted.feature, 0)]
     if values is None:
         values = fitted.value[:, 0, :]
     missing_left = np.asarray(fitted.missing_go_to_left, np.bool_)

@@ -126,6 +126,7 @@ ESTIMATORS = {
     "ada, two": (AdaBoostClassifier(DecisionTreeClassifier(max_depth=3), **FEW), ROWS, FLAGS),
     "ada, numbers": (AdaBoostRegressor(**FEW), ROWS, NUMBERS),
     "bagging": (BaggingClassifier(max_features=0.5, **FEW), ROWS, WORDS),
+    "bagging, one column each": (BaggingRegressor(max_features=1, **FEW), ROWS, NUMBERS),
     "bagging, rare classes": (BaggingClassifier(max_samples=4, **FEW), ROWS, WORDS),
     "bagging, numbers": (BaggingRegressor(max_features=4, bootstrap_features=True, **FEW), ROWS, NUMBERS),
 }
