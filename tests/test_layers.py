@@ -36,6 +36,11 @@ ORDER = [
     "compiled.network",
     "compiled.neighbours",
     "compiled.combined",
+    "compiled.labels",
+    "compiled.anomaly",
+    "compiled.onnx",
+    "compiled.masks",
+    "compiled.trees",
     "compiled.operations",
     "compiled.program",
     "compiler.translation",
@@ -45,6 +50,8 @@ ORDER = [
     "compiler.linear",
     "compiler.models",
     "compiler.combined",
+    "compiler.heads",
+    "compiler.trees",
     "storage.base",
     "storage.reader",
     "storage.local",
@@ -88,6 +95,7 @@ BORDERS = {
     ("msgspec",): {"intake"},
     ("pydantic_settings", "dotenv"): {"settings"},
     ("cryptography",): {"seal"},
+    ("onnxruntime",): {"compiled.onnx"},
 }
 HEAVY = {"sklearn", "pandas", "scipy", "joblib", "skops"}
 PATHS = {

@@ -13,7 +13,8 @@ from app import inspection
 from app.compiled.op import Op
 from app.compiled.program import Program
 from app.compiled.steps import Cast, Chain, Select
-from app.compiler import combined, linear, models, preprocessing, text  # noqa: F401 - they register translations
+from app.compiler import combined, linear, models, preprocessing, text, trees  # noqa: F401 - they register translations
+from app.compiler.heads import common
 from app.compiler.linear import labels
 from app.compiler.pipeline import by_columns, chain, pipeline_steps, then
 from app.compiler.translation import TRANSFORMERS, Flow, NotCompilable, predictor, transformer
@@ -56,7 +57,8 @@ def _program(companions: Sequence[Any], estimator: Any, signature: Signature) ->
         raise NotCompilable(f"its {type(last).__name__} has no compiled form of {', '.join(signature.methods)}")
     if target is not None and "predict" in heads:
         heads["predict"] = _decoded(heads["predict"], target)
-    body = chain(*operations)
+    shared, heads = common(heads)
+    body = chain(*operations, *shared)
     if signature.layout == "frame":
         body = by_columns(body)
         heads = {method: head if body is not None else by_columns(head) or head for method, head in heads.items()}

@@ -41,15 +41,19 @@ Transformer = Callable[[Any, Flow], tuple[Op, Flow]]
 Predictor = Callable[[Any, Flow], Mapping[str, Op]]
 """A fitted predictor and what comes in: an operation for each of its methods."""
 
-TRANSFORMERS: dict[str, Transformer] = {}
-PREDICTORS: dict[str, Predictor] = {}
+TRANSFORMERS: dict[str, list[Transformer]] = {}
+PREDICTORS: dict[str, list[Predictor]] = {}
 
 
 def transforms[F: Transformer](*classes: str) -> Callable[[F], F]:
-    """Register the translation of transformers by the full names of their classes, such as `sklearn.preprocessing._data.StandardScaler`."""
+    """Register the translation of transformers by the full names of their classes, such as `sklearn.preprocessing._data.StandardScaler`.
+
+    Of several for one class, the one that was registered last is tried first.
+    """
 
     def register(function: F) -> F:
-        TRANSFORMERS.update(dict.fromkeys(classes, function))
+        for name in classes:
+            TRANSFORMERS.setdefault(name, []).insert(0, function)
         return function
 
     return register
@@ -59,7 +63,8 @@ def predicts[F: Predictor](*classes: str) -> Callable[[F], F]:
     """Register the translation of predictors, likewise."""
 
     def register(function: F) -> F:
-        PREDICTORS.update(dict.fromkeys(classes, function))
+        for name in classes:
+            PREDICTORS.setdefault(name, []).insert(0, function)
         return function
 
     return register
@@ -67,17 +72,21 @@ def predicts[F: Predictor](*classes: str) -> Callable[[F], F]:
 
 def transformer(estimator: Any, flow: Flow) -> tuple[Op, Flow]:
     """Translate a fitted transformer. Raises `NotCompilable`."""
-    return _find(TRANSFORMERS, estimator)(estimator, flow)
+    return _first(TRANSFORMERS, estimator, flow)
 
 
 def predictor(estimator: Any, flow: Flow) -> Mapping[str, Op]:
     """Translate a fitted predictor, by method. Raises `NotCompilable`."""
-    return _find(PREDICTORS, estimator)(estimator, flow)
+    return _first(PREDICTORS, estimator, flow)
 
 
-def _find[T](known: Mapping[str, T], estimator: Any) -> T:
+def _first[T](known: Mapping[str, list[Callable[[Any, Flow], T]]], estimator: Any, flow: Flow) -> T:
+    """Return what the first translation makes of it that can."""
     cls = type(estimator)
-    found = known.get(f"{cls.__module__}.{cls.__qualname__}")  # the very class: a subclass may compute something else
-    if found is None:
-        raise NotCompilable(f"its {cls.__name__} has no compiled form")
-    return found
+    refused = NotCompilable(f"its {cls.__name__} has no compiled form")
+    for translate in known.get(f"{cls.__module__}.{cls.__qualname__}", ()):  # the very class: a subclass may differ
+        try:
+            return translate(estimator, flow)
+        except NotCompilable as error:
+            refused = error
+    raise refused

@@ -37,12 +37,12 @@ from tests.test_layers import HEAVY, ROOT
 from tests.test_served_answers import as_json, as_sent, as_trained, assert_close, rows
 from tests.zoo import GAPS, MIXED, NAMED, REAL, TEXTS, WORDS, Fitted, X
 
-# Of trees, which have tests of their own, and what has no compiled form: someone's own function, or float32.
+# What has no compiled form: someone's own function, float32, pandas' categories, and a few estimators.
 NOT_HERE = {
     name
     for name in zoo.BUILDERS
-    if re.search("forest|trees?$|boosting|bagged|own function|with times|cleaned|mini-batch|birch|kernel density", name)
-    or name in ("mixed", "mixed, voting", "mixed, remainder", "records", "neighbour imputer", "local outliers")
+    if re.search("own function|with times|cleaned|mini-batch|birch|kernel density", name)
+    or name in ("neighbour imputer", "local outliers", "histogram boosting, categories")
 }
 CASES = [
     *(pytest.param(zoo.fitted, name, id=name) for name in zoo.BUILDERS if name not in NOT_HERE),
