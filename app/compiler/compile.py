@@ -57,7 +57,7 @@ def _program(companions: Sequence[Any], estimator: Any, signature: Signature) ->
         raise NotCompilable(f"its {type(last).__name__} has no compiled form of {', '.join(signature.methods)}")
     if target is not None and "predict" in heads:
         heads["predict"] = _decoded(heads["predict"], target)
-    shared, heads = common(heads)
+    shared, heads = common(heads) if len(heads) > 1 else ((), heads)
     body = chain(*operations, *shared)
     if signature.layout == "frame":
         body = by_columns(body)

@@ -10,12 +10,7 @@ from app.compiled.steps import Chain
 
 
 def common(heads: Mapping[str, Op]) -> tuple[tuple[Op, ...], dict[str, Op]]:
-    """Return the operations that all heads begin with, the very same objects, and what is left of each head.
-
-    A single head has nothing in common with another.
-    """
-    if len(heads) < 2:
-        return (), dict(heads)
+    """Return the operations that all heads begin with, the very same objects, and what is left of each head."""
     chains = {method: _flat(head) for method, head in heads.items()}
     shared = tuple(
         steps[0]
