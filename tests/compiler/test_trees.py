@@ -26,7 +26,7 @@ from sklearn.ensemble import (
     RandomForestClassifier,
     RandomForestRegressor,
 )
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.linear_model import LogisticRegression
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor, ExtraTreeClassifier, ExtraTreeRegressor
 
 from app.compiled import op
@@ -338,7 +338,6 @@ def test_no_rows_are_refused_in_the_words_of_the_estimator():
     [
         (GradientBoostingClassifier(init=LogisticRegression(), n_estimators=3), FLAGS, "first estimator"),
         (GradientBoostingClassifier(init=DummyClassifier(strategy="stratified"), n_estimators=3), FLAGS, "first"),
-        (BaggingRegressor(LinearRegression(), n_estimators=3), NUMBERS, "not trees"),
         (AdaBoostClassifier(LogisticRegression(), n_estimators=3), FLAGS, "not trees"),
         (AdaBoostClassifier(n_estimators=3), np.ones(400), "one class"),
         (HistGradientBoostingRegressor(max_iter=2, categorical_features=[0]), NUMBERS, "categories"),
@@ -356,10 +355,16 @@ def test_what_has_no_compiled_form_is_refused_with_the_reason(estimator, target,
         translation.predictor(estimator, Flow("matrix", WIDTH))
 
 
-@pytest.mark.parametrize("kind", ["table", "texts", "sparse"])
-def test_trees_take_nothing_but_a_matrix(kind):
-    with pytest.raises(NotCompilable, match=kind):
-        translation.predictor(fitted("forest, words"), Flow(kind, WIDTH))
+def test_trees_do_not_take_texts():
+    with pytest.raises(NotCompilable, match="texts"):
+        translation.predictor(fitted("forest, words"), Flow("texts", WIDTH))
+
+
+@pytest.mark.parametrize("kind", ["table", "sparse"])
+def test_what_is_no_matrix_becomes_one_before_the_trees(kind):
+    made = translation.predictor(fitted("forest, words"), Flow(kind, WIDTH))
+
+    assert {type(head.steps[0]).__name__ for head in made.values()} == {"Numbers" if kind == "table" else "Dense"}
 
 
 def test_what_methods_have_in_common_is_stored_once():
