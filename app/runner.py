@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from app.counters import Counters
 from app.errors import Overloaded, PredictionFailed, PredictionTimeout, RequestError
 from app.log import request_id
 from app.model import Model, Prediction, part_of
@@ -22,7 +23,6 @@ from app.signature import Rows
 from app.worker import Worker
 
 logger = logging.getLogger("diskless.runner")
-LATENCIES_KEPT = 1024
 
 
 @dataclass(eq=False, slots=True)
@@ -37,39 +37,6 @@ class _Job:
     def batch(self) -> tuple[object, ...]:
         """What must be equal for two jobs to be computed together."""
         return (self.method, self.rows.kinds, None if self.rows.signature.rowwise else id(self))
-
-
-class Counters:
-    """What a runner has done: requests, rows, errors, and the latest latencies in seconds."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self.rows = 0
-        self.errors = 0
-        self.batches = 0
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
-
-    def answered(self, rows: int, seconds: float) -> None:
-        """Count a request that was answered."""
-        self.requests += 1
-        self.rows += rows
-        self._latencies.append(seconds)
-
-    def failed(self) -> None:
-        """Count a request that was not."""
-        self.requests += 1
-        self.errors += 1
-
-    def quantiles(self) -> dict[str, float] | None:
-        """Return p50, p90 and p99 of the latest latencies, in milliseconds; None before the first answer."""
-        latencies = sorted(self._latencies)
-        if not latencies:
-            return None
-        last = len(latencies) - 1
-        return {name: round(latencies[round(last * q)] * 1000, 3) for name, q in _QUANTILES}
-
-
-_QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 
 
 class Runner:
