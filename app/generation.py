@@ -50,7 +50,7 @@ from app.worker import Worker, limit_native_threads
 
 logger = logging.getLogger("diskless.generation")
 GATE_SECONDS = 300.0  # for a model's golden rows
-THREADS_SECONDS = 10.0  # for threads to end that have been told to
+THREADS_SECONDS = 5.0  # for threads to end that have been told to
 ANNOUNCE_SECONDS = 0.25  # between two descriptions of the same look
 LONG_LIFE_SECONDS = 60.0  # a worker that lived so long is replaced at once
 FIRST_PAUSE_SECONDS = 0.5

@@ -258,11 +258,11 @@ class Supervisor:
         if peer.role == "worker":
             if self._view is not None:
                 peer.channel.send("view", view=self._view)
-            peer.channel.send("service", service=self._service())
             if peer.parent not in (self._current, self._coming):
                 self._tell_to_leave(peer)
         elif self._asks:
             peer.channel.send("look", asks=self._asks, again=True)
+        self._tell_all()
 
     def _lose(self, peer: _Peer) -> None:
         """Take leave of a process whose channel has ended, as the process has, or is about to."""
@@ -294,7 +294,7 @@ class Supervisor:
         peer = self._lost.pop(pid, None)
         if peer is None or self._stopping:
             return
-        why = peer.fault or f"the process that loaded it ended {self._ends.get(pid, 'for an unknown reason')}"
+        why = peer.fault or f"the process that loads ended {self._ends.get(pid, 'for an unknown reason')}"
         fields = {"generation": peer.generation, "pid": pid, "reason": why}
         self._losses += 1
         pause = min(FIRST_PAUSE_SECONDS * 2 ** (self._losses - 1), LONGEST_PAUSE_SECONDS)
@@ -304,7 +304,8 @@ class Supervisor:
             count = before["count"] + 1 if before is not None and before["content"] == content else 1
             self._crashes[label] = {"content": content, "reason": why, "count": count}
             fields["model"] = label
-        logger.error("a generation was lost", extra={"fields": fields | {"next_in_seconds": pause}})
+        event = "a generation was lost" if peer is self._coming else "the process that loads was lost"
+        logger.error(event, extra={"fields": fields | {"next_in_seconds": pause}})
         if peer is self._coming:
             self._coming = None
             for worker in self._of("worker"):
@@ -321,7 +322,7 @@ class Supervisor:
         if self._stopping or self._coming is not None:
             return
         if heirs := list(self._of("heir")):
-            if self._current is None:
+            if self._current is None and heirs[0].parent is not None:  # else it has nothing yet that could be served
                 heirs[0].channel.send("take over")
         elif self._current is not None:
             self._breed(self._current, at_once=True)

@@ -6,6 +6,7 @@ for its runners: which models it serves was settled when it was forked.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -79,8 +80,8 @@ class View:
             runner.counters = self._tally.counters(row, seat)
 
     def workers(self) -> dict[str, Any]:
-        """Return the processes that answer, as the supervisor last told of them."""
-        return self._service
+        """Return the processes that answer, as the supervisor last told of them; `pid` is this one's."""
+        return {**self._service, "pid": os.getpid()}
 
     def hear(self, service: dict[str, Any]) -> None:
         """Take what the supervisor tells of the processes."""

@@ -87,7 +87,8 @@ def _own_counters(runner: Runner) -> Counters:
 
 
 def _one_worker() -> dict[str, Any]:
-    return {"count": 1, "generation": None, "restarts": 0, "processes": [{"pid": os.getpid(), "state": "serving"}]}
+    pid = os.getpid()
+    return {"count": 1, "generation": None, "restarts": 0, "processes": [{"pid": pid, "state": "serving"}], "pid": pid}
 
 
 def _row(slot: Slot, entry: Entry, count: Count) -> orjson.Fragment:
