@@ -133,8 +133,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
         prefork.check(settings)
         # Where pyarrow is installed, pandas imports it, and its allocator starts a thread: what has two does not fork.
         os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-        log.configure(settings.log_level)
-        return prefork.run(settings, _listen(settings))
+        prefork.start(settings, _listen(settings))
     log.configure(settings.log_level)
     sock = _listen(settings)  # callers wait from here on, instead of being refused, while the rest is imported
     from app import protocol

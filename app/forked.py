@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from app.registry import Registry
     from app.view import View
 
+GREETING_SECONDS = 10.0
 LISTENERS_SECONDS = 1.0  # for the other processes to let go of the listening socket, before this one does
 
 
@@ -38,6 +39,7 @@ class WorkerServer(DrainingServer):
         self._view = view
         self._channel = channel
         self._leaving = False
+        self._greeted = asyncio.Event()
         self._stop_told = asyncio.Event()
         self._asks: dict[str, asyncio.Future[Outcome]] = {}
         self._numbers = itertools.count()
@@ -46,9 +48,11 @@ class WorkerServer(DrainingServer):
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept, and tell that."""
-        await super().startup(sockets)
+        """Begin to accept once the supervisor has told what there is to tell, and say so."""
         asyncio.get_running_loop().add_reader(self._channel.fileno(), self._hear)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._greeted.wait(), GREETING_SECONDS)
+        await super().startup(sockets)
         self._channel.send_now("ready")
 
     @override
@@ -80,6 +84,7 @@ class WorkerServer(DrainingServer):
                 self._view.follow(message["view"])
             case "service":
                 self._view.hear(message["service"])
+                self._greeted.set()
             case "looked":
                 for ask in message["asks"]:
                     if (future := self._asks.get(ask)) is not None and not future.done():
@@ -118,18 +123,18 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
     return asdict(outcome)
 
 
-def serve(
-    app: Any,
-    registry: Registry,
-    view: View,
-    sock: socket.socket,
-    channel: Channel,
-    *,
-    keep_alive_seconds: int,
-    drain_seconds: int,
-) -> None:
-    """Serve `app` on a listening socket that others share, until the supervisor ends it, or a signal does."""
+def prepared(app: Any, *, keep_alive_seconds: int) -> uvicorn.Config:
+    """Return the server's configuration with all that serving imports: made before the fork, the workers share it."""
     config = configuration(app, keep_alive_seconds=keep_alive_seconds)
+    config.load()
+    config.get_loop_factory()
+    return config
+
+
+def serve(
+    config: uvicorn.Config, registry: Registry, view: View, sock: socket.socket, channel: Channel, *, drain_seconds: int
+) -> None:
+    """Serve an application on a listening socket that others share, until the supervisor ends it, or a signal does."""
 
     async def run() -> None:
         server = WorkerServer(config, registry, view, channel, drain_seconds=drain_seconds)

@@ -33,7 +33,7 @@ from app import errors, log
 from app.bundle import Bundle
 from app.channel import Channel, Closed, Message
 from app.errors import BundleError, LoadFailed, RequestError, StorageError
-from app.forked import outcome_fields, serve
+from app.forked import outcome_fields, prepared, serve
 from app.loaders import reason
 from app.main import assemble, runner_maker
 from app.memory import trim_heap
@@ -56,6 +56,8 @@ LONG_LIFE_SECONDS = 60.0  # a worker that lived so long is replaced at once
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 TERMINATED_PAUSE_SECONDS = 1.0  # a signal to one worker may have been one to all of the service
+REHEARSALS = 20
+_REHEARSED = (("GET", "/health/live"), ("GET", "/health/ready"), ("GET", "/models/status"), ("POST", "/predict"))
 TAINTED = 3  # the exit code of an heir that says itself why it ends
 
 
@@ -112,7 +114,9 @@ class Line:
             load=self._load,
         )
         self._view = View(self._registry, tally)
-        self._app = assemble(settings, self._manager, self._registry, self._view)
+        app = assemble(settings, self._manager, self._registry, self._view)
+        asyncio.run(_rehearsed(app))
+        self._config = prepared(app, keep_alive_seconds=settings.keep_alive_seconds)
         self._rows: dict[tuple[str, str, str | None], int] = {}
         self._free_rows = deque(range(ROWS))
         self._children: dict[int, _Child] = {}  # by pidfd
@@ -397,12 +401,11 @@ class Line:
         try:
             self._view.count_here(self._tally.seat(self._generation, number))
             serve(
-                self._app,
+                self._config,
                 self._registry,
                 self._view,
                 self._sock,
                 self._channel,
-                keep_alive_seconds=self._settings.keep_alive_seconds,
                 drain_seconds=self._settings.drain_seconds,
             )
             code = 0
@@ -455,6 +458,27 @@ def begin(
     except BaseException:
         logger.exception("the process that loads failed")
         _exit(1)
+
+
+async def _rehearsed(app: Any) -> None:
+    """Answer what needs no model, as often as makes the interpreter know its way.
+
+    What is made for the first answers, and what Python notes in code that it runs often, is shared by all workers so.
+    """
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        del message
+
+    for method, path in _REHEARSED * REHEARSALS:
+        scope: dict[str, Any] = {
+            **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"},
+            **{"method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""},
+            **{"headers": [(b"host", b"localhost")], "client": None, "server": None, "state": {}},
+        }
+        await app(scope, receive, send)
 
 
 def _exit(code: int) -> NoReturn:

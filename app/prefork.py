@@ -8,6 +8,7 @@ worker); each has a channel to this one, and ends when that does.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import selectors
@@ -15,16 +16,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from app import log
 from app.channel import Channel, Closed, Message
 from app.errors import SettingsError
 from app.processes import adopt_orphans, how_it_ended
-from app.settings import Settings
 from app.tally import Tally
+
+if TYPE_CHECKING:
+    from app.settings import Settings
 
 logger = logging.getLogger("diskless.supervisor")
 SWITCH_SECONDS = 120.0  # for the workers of a new generation to be ready
@@ -34,6 +38,7 @@ FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 60.0
 MAX_FIRST_LOSSES = 3  # processes lost before any generation has served: then it is no accident
 REMEMBERED_ENDS = 100
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 END_SECONDS = 0.5  # until it is known how a process has ended
 
 
@@ -81,10 +86,11 @@ def check(settings: Settings) -> None:
 class Supervisor:
     """Keeps a generation of workers on a listening socket until it is told to stop."""
 
-    def __init__(self, settings: Settings, sock: socket.socket) -> None:
-        self._settings = settings
+    def __init__(self, sock: socket.socket, *, workers: int, drain_seconds: float) -> None:
         self._sock = sock
-        self._tally = Tally(settings.workers)
+        self._workers = workers
+        self._drain_seconds = drain_seconds
+        self._tally = Tally(workers)
         self._selector = selectors.DefaultSelector()
         self._peers: list[_Peer] = []
         self._current: _Peer | None = None  # the parent whose workers answer
@@ -102,7 +108,6 @@ class Supervisor:
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._lost: dict[int, _Peer] = {}  # those of which it is not known yet how they ended
         self._ends: dict[int, str] = {}  # how processes ended
-        self._signals = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
         self._stop_asked = self._stopping = self._workers_told = self._given_up = False
 
     def run(self) -> int:
@@ -116,6 +121,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # only to be woken
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         self._selector.register(self._waking, selectors.EVENT_READ)
         self._start_line(loading=False)
         while not self._is_over():
@@ -148,12 +154,12 @@ class Supervisor:
         generation = self._number()
         ours, theirs = socket.socketpair()
         sys.stdout.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         pid = os.fork()
         if pid == 0:
             ours.close()
             self._become_line(theirs, generation, loading)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         theirs.close()
         logger.info("loading a generation", extra={"fields": {"generation": generation, "pid": pid}})
         peer = self._add(_Peer("heir" if loading else "parent", pid, Channel(ours), generation))
@@ -166,7 +172,7 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # the supervisor's to obey, and the workers'
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         self._selector.close()
         self._waking.close()
         self._waker.close()
@@ -174,8 +180,10 @@ class Supervisor:
             peer.channel.close()
         try:
             from app.generation import begin
+            from app.settings import load_settings
 
-            begin(self._settings, self._sock, Channel(sock), self._tally, generation=generation, loading=loading)
+            settings = load_settings().model_copy(update={"workers": self._workers})
+            begin(settings, self._sock, Channel(sock), self._tally, generation=generation, loading=loading)
         except BaseException:
             logger.exception("the process that loads could not begin")
         finally:
@@ -344,7 +352,7 @@ class Supervisor:
         if coming is None or self._stopping:
             return
         ready = [peer for peer in self._of("worker") if peer.parent is coming and peer.state == "serving"]
-        if len(ready) < self._settings.workers:
+        if len(ready) < self._workers:
             return
         self._current, self._coming, self._losses = coming, None, 0
         self._since = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -386,7 +394,7 @@ class Supervisor:
     def _service(self) -> dict[str, Any]:
         current = self._current
         return {
-            "count": self._settings.workers,
+            "count": self._workers,
             "generation": current.generation if current else None,
             "since": self._since,
             "restarts": self._restarts,
@@ -438,7 +446,7 @@ class Supervisor:
         for peer in self._peers:
             self._tell_to_stop(peer)
         self._after(LISTENERS_SECONDS, self._stop_workers)
-        self._after(self._settings.drain_seconds + EXIT_SECONDS, self._kill_all)
+        self._after(self._drain_seconds + EXIT_SECONDS, self._kill_all)
 
     def _tell_to_stop(self, peer: _Peer) -> None:
         if peer.role == "worker":
@@ -478,6 +486,31 @@ def _kill(peer: _Peer) -> None:
         os.kill(peer.pid, signal.SIGKILL)
 
 
-def run(settings: Settings, sock: socket.socket) -> int:
-    """Serve with several workers until told to stop; return the exit code."""
-    return Supervisor(settings, sock).run()
+def start(settings: Settings, sock: socket.socket) -> NoReturn:
+    """Make this process the supervisor of `settings.workers` workers on a listening socket.
+
+    It begins anew as `python -m app.prefork`: what has read the settings would stay in memory for nothing.
+    """
+    words = {
+        "socket": sock.fileno(),
+        "workers": settings.workers,
+        "drain_seconds": settings.drain_seconds,
+        "log_level": settings.log_level,
+    }
+    os.set_inheritable(sock.fileno(), True)
+    given = sys.orig_argv[1:]
+    options = given[: given.index("-m")] if "-m" in given else []
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until there are handlers for them again
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *options, "-m", "app.prefork", json.dumps(words)])  # noqa: S606 - this very interpreter
+
+
+def main(words: Mapping[str, Any]) -> int:
+    """Be the supervisor, as `start` has said; return the exit code."""
+    log.configure(words["log_level"])
+    sock = socket.socket(fileno=words["socket"])
+    return Supervisor(sock, workers=words["workers"], drain_seconds=words["drain_seconds"]).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))
