@@ -140,6 +140,7 @@ class Supervisor:
                 wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.channel.has_unsent else 0)
                 if self._selector.get_key(peer.channel).events != wanted:
                     self._selector.modify(peer.channel, wanted, peer)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # platforms send more of them, to the very end
         if not self._given_up:
             logger.info("stopped")
         return 1 if self._given_up else 0
