@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.errors import DisklessError, SettingsError, UnknownVersion, UnusableKey
-from app.settings import Settings, load_settings
+from app.settings import MAX_WORKERS, Settings, load_settings
 
 if TYPE_CHECKING:
     from app.doctor import Finding
@@ -118,16 +118,25 @@ def _tell(options: argparse.Namespace, document: dict[str, Any], *lines: str) ->
 
 
 def _serve(options: argparse.Namespace, settings: Settings) -> int:
-    del options
+    if options.workers is not None:
+        settings = settings.model_copy(update={"workers": options.workers})
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop_before_the_start)
     # Read by the libraries when they are first imported: more threads than cores only wait for each other.
     for variable in ONE_THREAD:
         os.environ[variable] = "1"
-    from app import log, protocol
+    from app import log
 
+    if settings.workers > 1:
+        from app import prefork
+
+        prefork.check(settings)
+        # Where pyarrow is installed, pandas imports it, and its allocator starts a thread: what has two does not fork.
+        os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
+        prefork.start(settings, _listen(settings))
     log.configure(settings.log_level)
     sock = _listen(settings)  # callers wait from here on, instead of being refused, while the rest is imported
+    from app import protocol
     from app.direct import protocol_for
     from app.main import create_app
 
@@ -147,10 +156,10 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _listen(settings: Settings) -> socket.socket:
-    from app import protocol
+    from app import listening
 
     try:
-        return protocol.listen(settings.host, settings.port)
+        return listening.listen(settings.host, settings.port)
     except socket.gaierror as error:
         problem = f"HOST is not usable: {settings.host!r}: {error.strerror}: set an address of this machine, or none"
     except OSError as error:
@@ -161,6 +170,12 @@ def _listen(settings: Settings) -> socket.socket:
         else:
             problem = f"HOST {settings.host!r} cannot be listened on: {error.strerror}: set an address of this machine, or none"
     raise SettingsError([problem])
+
+
+def _worker_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MAX_WORKERS}, got {text!r}")
+    return int(text)
 
 
 def _stop_before_the_start(number: int, frame: FrameType | None) -> NoReturn:
@@ -512,6 +527,12 @@ def _parser() -> argparse.ArgumentParser:
     aliased.add_argument("--alias", default="production", metavar="ALIAS", help="which alias to move; production")
 
     serve = command("serve", "serve the models of the bucket")
+    serve.add_argument(
+        "--workers",
+        type=_worker_count,
+        metavar="N",
+        help="processes that answer; ML_WORKERS, else WEB_CONCURRENCY, else 1",
+    )
     serve.set_defaults(command=_serve)
 
     publish = command("publish", "store a new version of a model", named, common)

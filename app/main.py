@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 
@@ -16,6 +16,7 @@ from app.refresher import Refresher
 from app.registry import Registry
 from app.runner import Runner
 from app.settings import Settings, load_settings
+from app.view import View
 
 
 def create_app(settings: Settings | None = None) -> Front:
@@ -27,18 +28,10 @@ def create_app(settings: Settings | None = None) -> Front:
     manager = ModelStorageManager.from_settings(settings)
     registry = Registry(settings.aliases, settings.required_models)
 
-    def make_runner(model: Model) -> Runner:
-        return Runner(
-            model,
-            max_batch_rows=settings.max_batch_rows,
-            max_queue=settings.max_queue,
-            timeout_seconds=settings.predict_timeout_seconds,
-        )
-
     refresher = Refresher(
         manager,
         registry,
-        make_runner,
+        runner_maker(settings),
         refresh_seconds=settings.refresh_seconds,
         swap_policy=settings.swap_policy,
     )
@@ -52,6 +45,37 @@ def create_app(settings: Settings | None = None) -> Front:
             finally:
                 await refresher.stop()
 
+    return assemble(settings, manager, registry, refresher, lifespan)
+
+
+@asynccontextmanager
+async def no_lifespan(_: FastAPI) -> AsyncIterator[None]:
+    """Do nothing at the start and at the end: somebody else looks at the bucket."""
+    yield
+
+
+def runner_maker(settings: Settings) -> Callable[[Model], Runner]:
+    """Return what makes a model's runner."""
+
+    def make_runner(model: Model) -> Runner:
+        return Runner(
+            model,
+            max_batch_rows=settings.max_batch_rows,
+            max_queue=settings.max_queue,
+            timeout_seconds=settings.predict_timeout_seconds,
+        )
+
+    return make_runner
+
+
+def assemble(
+    settings: Settings,
+    manager: ModelStorageManager,
+    registry: Registry,
+    watch: Refresher | View,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] = no_lifespan,
+) -> Front:
+    """Return the ASGI application that answers from a registry, and tells of what `watch` sees."""
     api = FastAPI(
         title="Diskless",
         version=__version__,
@@ -63,6 +87,6 @@ def create_app(settings: Settings | None = None) -> Front:
     )
     predictor = Predictor(registry, max_body_bytes=settings.max_body_bytes, max_rows=settings.max_rows)
     api.include_router(openapi.router(predictor))
-    api.include_router(status.router(settings, manager, registry, refresher))
+    api.include_router(status.router(settings, manager, registry, watch))
     api.include_router(health.router(registry))
     return Front(predictor, api, registry)

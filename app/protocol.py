@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import select
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from app.registry import Registry
 
 logger = logging.getLogger("diskless.server")
-BACKLOG = 2048
 LINGER_SECONDS = 1.0  # how long a silent connection is kept open after the signal to stop
 POLL_SECONDS = 0.02
 LAST_WORDS_SECONDS = 0.5  # for the answers to what was given up
@@ -199,9 +197,13 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop. Platforms send SIGTERM more than once, and to every process: once is enough."""
         del sig, frame
+        self._registry.draining = True
+        self.leave()
+
+    def leave(self) -> None:
+        """Begin to end, while the service goes on: another process answers in the place of this one."""
         if not self.should_exit:
             _end_process_after(self._drain_seconds + EXIT_SECONDS)
-        self._registry.draining = True
         self.should_exit = True
 
     @override
@@ -261,23 +263,6 @@ def _end_process_after(seconds: float) -> None:
     timer = threading.Timer(seconds, os._exit, (0,))
     timer.daemon = True
     timer.start()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket: on `host`, or on every address of IPv4 and IPv6 when it is empty.
-
-    Raises `OSError` when the address cannot be had.
-    """
-    if host not in ("", "::"):
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    if socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
-        except OSError as error:
-            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                raise  # compiled in, but switched off in this kernel or container: IPv4 alone, then
-    return socket.create_server(("", port), backlog=BACKLOG)
 
 
 def configuration(app: Any, *, keep_alive_seconds: int, http: Any = DrainingProtocol) -> uvicorn.Config:

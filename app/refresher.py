@@ -14,18 +14,19 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from app import memory
+from app.bundle import Bundle
 from app.errors import ArtifactMissing, BundleError, CompanionFailed, DisklessError, NoRoom, StorageError
 from app.loaders import reason
 from app.memory import trim_heap
 from app.model import Model
-from app.model_storage import Catalogue, ModelStorageManager, Wanted, load_checked
+from app.model_storage import Catalogue, Checked, ModelStorageManager, Wanted, load_checked
 from app.names import ModelRef
 from app.registry import Entry, Registry, Slot, Snapshot, State
 from app.runner import Runner
@@ -78,6 +79,15 @@ class _Least:
     free_bytes: int
 
 
+Load = Callable[[Worker, Bundle], Awaitable[Checked]]
+"""How a bundle becomes a model that may serve, with the thread that loads. Raises what `load_checked` raises."""
+
+
+async def load_in_thread(loader: Worker, bundle: Bundle) -> Checked:
+    """Load and check a bundle in this process, beside what it serves."""
+    return await loader.run(load_checked, bundle, before_check=limit_native_threads)
+
+
 class Refresher:
     """Brings the registry up to date, at once when told to and every `refresh_seconds` (with jitter) otherwise.
 
@@ -93,8 +103,10 @@ class Refresher:
         refresh_seconds: float = 60.0,
         confirm_seconds: float = 10.0,
         swap_policy: Literal["keep", "replace"] = "keep",
+        load: Load = load_in_thread,
     ) -> None:
         self._manager = manager
+        self._load_bundle = load
         self._registry = registry
         self._make_runner = make_runner
         self._refresh_seconds = refresh_seconds
@@ -108,6 +120,7 @@ class Refresher:
         self._catalogue: Catalogue | None = None
         self._failures: dict[ModelRef, _Failure] = {}
         self._gone: frozenset[str] = frozenset()
+        self._pause = FIRST_PAUSE_SECONDS
         self._unconfirmed = asyncio.Event()
         self._looking = asyncio.Lock()
         self._next_look: asyncio.Task[Outcome] | None = None
@@ -122,6 +135,12 @@ class Refresher:
     def ignored(self) -> dict[str, str]:
         """What the last look passed over, and why."""
         return dict(self._catalogue.ignored) if self._catalogue else {}
+
+    @property
+    def fallback(self) -> str | None:
+        """Why a local copy is read instead of the bucket, if it is."""
+        reason: str | None = getattr(self._manager.storage, "fallback_reason", None)
+        return reason
 
     def start(self) -> None:
         """Begin to look, in the background: the process answers its health checks meanwhile."""
@@ -138,6 +157,24 @@ class Refresher:
             if slot.runner is not None:
                 slot.runner.close()
 
+    async def look(self, *, insist: bool = False) -> Outcome:
+        """Look at the bucket once, and do what follows from it; with `insist` whatever the pause after a failure says.
+
+        For whoever does not `start` it, and looks when `rest` is over.
+        """
+        async with self._looking:
+            return await self._look(insist=insist)
+
+    async def end_threads(self) -> None:
+        """Finish what is on its way out and let the thread go. A later look starts it again, in whichever event loop."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._loader.close()
+        unconfirmed = self._unconfirmed.is_set()
+        self._looking, self._unconfirmed = asyncio.Lock(), asyncio.Event()
+        if unconfirmed:
+            self._unconfirmed.set()
+
     async def look_now(self) -> Outcome:
         """Look at the bucket and do what follows from it. Failures are tried again whatever their pause.
 
@@ -153,18 +190,21 @@ class Refresher:
             return await self._look(insist=True)
 
     async def _run(self) -> None:
-        pause = FIRST_PAUSE_SECONDS
         while True:
-            async with self._looking:
-                outcome = await self._look()
-            # When the bucket cannot be read, look again soon, then ever more slowly.
-            troubled = outcome.error is not None or outcome.passing
-            wait = min(pause, self._refresh_seconds) if troubled else self._refresh_seconds
-            pause = pause * 2 if troubled and pause < self._refresh_seconds else FIRST_PAUSE_SECONDS
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait * random.uniform(0.9, 1.1)):  # noqa: S311 - spreads load, keeps no secret
-                    await self._unconfirmed.wait()  # this look may have set it, or one that somebody asks for meanwhile
-                    await asyncio.sleep(self._confirm_seconds)
+            await self.rest(await self.look())
+
+    async def rest(self, outcome: Outcome) -> None:
+        """Wait until it is time for the look after the one with this outcome.
+
+        When the bucket cannot be read, that is soon, then ever more slowly.
+        """
+        troubled = outcome.error is not None or outcome.passing
+        wait = min(self._pause, self._refresh_seconds) if troubled else self._refresh_seconds
+        self._pause = self._pause * 2 if troubled and self._pause < self._refresh_seconds else FIRST_PAUSE_SECONDS
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait * random.uniform(0.9, 1.1)):  # noqa: S311 - spreads load, keeps no secret
+                await self._unconfirmed.wait()  # this look may have set it, or one that somebody asks for meanwhile
+                await asyncio.sleep(self._confirm_seconds)
 
     async def _look(self, *, insist: bool = False) -> Outcome:
         """Look once. Whatever goes wrong becomes an outcome: nothing may end the looking."""
@@ -269,7 +309,7 @@ class Refresher:
                 estimate = self._estimator.estimate(bundle.stored, bundle.manifest.memory if bundle.manifest else None)
                 room = await self._make_room(wanted, estimate, catalogue, may_drop=may_drop)
                 try:
-                    checked = await self._loader.run(load_checked, bundle, before_check=limit_native_threads)
+                    checked = await self._load_bundle(self._loader, bundle)
                 except NoRoom:  # it takes more than was expected: more than there was
                     self._least[ref] = _Least(wanted.content, room.free_bytes + memory.LOOK_EVERY_BYTES if room else 0)
                     raise

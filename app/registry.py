@@ -140,6 +140,16 @@ class Registry:
             raise ModelNotReady(f"{slot.ref} is {slot.state}: {slot.hint or 'try again shortly'}")
         return slot.runner
 
+    @property
+    def settled(self) -> bool:
+        """Whether a first look has been complete."""
+        return self._found_at_start is not None
+
+    @property
+    def unread(self) -> str:
+        """Why the bucket could not be looked at, as long as no look has worked."""
+        return self._unread
+
     def settle(self) -> None:
         """Remember which names the first complete look found: those are required where no setting says which."""
         if self._found_at_start is None:

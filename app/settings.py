@@ -43,6 +43,7 @@ BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 HOST_LABEL = re.compile(r"[A-Za-z0-9-]{1,63}")
 HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9a-f:.]+")  # a name or an IPv4 address; an IPv6 address without its brackets
 VISIBLE_ASCII = re.compile(r"[!-~]+")
+MAX_WORKERS = 256
 MAX_SHOWN = 60  # characters of a value that an error line shows
 R2_KEYS = ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY")
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -269,6 +270,14 @@ class Settings(BaseSettings):
     )
 
     # The process
+    workers: int = _env(
+        "ML_WORKERS",
+        "WEB_CONCURRENCY",
+        default=1,
+        ge=1,
+        le=MAX_WORKERS,
+        description="processes that answer; they share the models' memory",
+    )
     host: str = _env("HOST", default="", description="address to listen on; unset: all, IPv4 and IPv6")
     port: int = _env("PORT", default=8000, ge=0, le=65535, description="port to listen on")
     keep_alive_seconds: int = _env(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 import weakref
@@ -89,6 +91,39 @@ class LeavesAtOnce(Fitted):
 
 def leave() -> None:
     raise SystemExit(7)
+
+
+class Moody(Fitted):
+    """Answers as it was fitted, but where a variable says that it should not: then it is wrong, or ends the process."""
+
+    def predict(self, rows: Any) -> Any:
+        mood = os.environ.get("MOOD")
+        if mood == "deadly":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().predict(rows) + (mood is not None)
+
+
+class DeadlyToRead(Fitted):
+    """Ends the process when it is read, as the kernel does when there is no memory left."""
+
+    def __reduce__(self) -> Any:
+        return die, ()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Threaded(Fitted):
+    """Starts a thread when it is read, which does not end."""
+
+    def __reduce__(self) -> Any:
+        return start_a_thread, ()
+
+
+def start_a_thread() -> Any:
+    threading.Thread(target=rest, name="of the model", daemon=True).start()
+    return Fitted()
 
 
 class Counted(Fitted):

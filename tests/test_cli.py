@@ -137,7 +137,7 @@ def test_help_tells_what_there_is(run_here, words, told):
         (["predict"], "invalid choice: 'predict'"),
         (["publish", "churn"], "the following arguments are required: --model"),
         (["publish", "--model", "model.joblib"], "the following arguments are required: NAME"),
-        (["serve", "--workers"], "unrecognized arguments: --workers"),
+        (["serve", "--threads"], "unrecognized arguments: --threads"),
         (["promote", "churn"], "the following arguments are required: VERSION"),
     ],
 )

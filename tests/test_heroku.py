@@ -101,17 +101,15 @@ def exit_code(service: Service, seconds: float = 40) -> int:
 # Running
 
 
-def test_it_is_one_process(service):
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            text = status.read_text()
-        except OSError:
-            continue  # it has just ended
-        parents[int(status.parent.name)] = int(re.findall(r"^PPid:\t(\d+)$", text, re.M)[0])
+def test_the_processes_that_heroku_asks_for_share_what_they_serve(service):
+    workers = service.wait_for(lambda status: len(status["workers"]["processes"]) == 2, "through with its start")[
+        "workers"
+    ]
 
-    assert service.process.pid in parents
-    assert service.process.pid not in parents.values()
+    assert workers["count"] == 2
+    shared = Path(f"/proc/{workers['pid']}/smaps_rollup").read_text()
+    own = int(re.findall(r"^Private_Dirty:\s+(\d+)", shared, re.M)[0])
+    assert own < int(re.findall(r"^Shared_Dirty:\s+(\d+)", shared, re.M)[0])
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from app import protocol
-from app.protocol import DrainingProtocol, DrainingServer, configuration, listen
+from app.listening import listen
+from app.protocol import DrainingProtocol, DrainingServer, configuration
 from app.registry import Registry
 from app.settings import Settings
 from tests.service import connected

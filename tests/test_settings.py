@@ -58,6 +58,7 @@ SAMPLES = {  # what each setting is read as, and from what
     "max_batch_rows": ("6", 6),
     "max_queue": ("7", 7),
     "predict_timeout_seconds": ("0.5", 0.5),
+    "workers": ("3", 3),
     "host": ("127.0.0.1", "127.0.0.1"),
     "port": ("0", 0),
     "keep_alive_seconds": ("10", 10),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -11,16 +13,24 @@ from starlette.responses import Response
 from app import versions
 from app.api.errors import json_response, responses
 from app.auth import require_admin
+from app.counters import Counters
 from app.errors import BucketUnreadable
 from app.model_storage import ModelStorageManager
 from app.refresher import Refresher
 from app.registry import Entry, Registry, Slot, State
+from app.runner import Runner
 from app.settings import Settings
+from app.view import View
+
+Count = Callable[[Runner], Counters]
 
 
-def router(settings: Settings, manager: ModelStorageManager, registry: Registry, refresher: Refresher) -> APIRouter:
-    """Return the routes."""
+def router(
+    settings: Settings, manager: ModelStorageManager, registry: Registry, refresher: Refresher | View
+) -> APIRouter:
+    """Return the routes. They tell of what a refresher in this process does, or of a view of one in another."""
     routes = APIRouter(tags=["models"])
+    count: Count = refresher.counters if isinstance(refresher, View) else _own_counters
 
     async def status() -> Response:
         """Say what is served and how it does."""
@@ -35,12 +45,17 @@ def router(settings: Settings, manager: ModelStorageManager, registry: Registry,
                 "prefix": manager.prefix,
                 "last_sync": refresher.last_sync.isoformat() if refresher.last_sync else None,
                 "error": refresher.last_error,
-                "fallback": getattr(manager.storage, "fallback_reason", None),
+                "fallback": refresher.fallback,
                 "refresh_seconds": settings.refresh_seconds,
             },
+            "workers": refresher.workers() if isinstance(refresher, View) else _one_worker(),
             "models": [
-                *(_row(slot, entry) for entry in registry.snapshot.entries.values() for slot in entry.slots.values()),
-                *(_row(Slot(ref, State.UNLOADING), Entry()) for ref in refresher.unloading),
+                *(
+                    _row(slot, entry, count)
+                    for entry in registry.snapshot.entries.values()
+                    for slot in entry.slots.values()
+                ),
+                *(_row(Slot(ref, State.UNLOADING), Entry(), count) for ref in refresher.unloading),
             ],
             "ignored": {_writable(name): _writable(why) for name, why in refresher.ignored.items()},
         }
@@ -67,10 +82,19 @@ def router(settings: Settings, manager: ModelStorageManager, registry: Registry,
     return routes
 
 
-def _row(slot: Slot, entry: Entry) -> orjson.Fragment:
+def _own_counters(runner: Runner) -> Counters:
+    return runner.counters
+
+
+def _one_worker() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"count": 1, "generation": None, "restarts": 0, "processes": [{"pid": pid, "state": "serving"}], "pid": pid}
+
+
+def _row(slot: Slot, entry: Entry, count: Count) -> orjson.Fragment:
     """Return a version's row as JSON. One that has what JSON cannot carry must not take the others with it."""
     try:
-        return orjson.Fragment(orjson.dumps(_describe(slot, entry), default=str))
+        return orjson.Fragment(orjson.dumps(_describe(slot, entry, count), default=str))
     except TypeError as error:
         body = _outline(slot, entry) | {"warnings": [f"it cannot be described: {error}"]}
         return orjson.Fragment(orjson.dumps(body | {"reason": _writable(slot.reason) if slot.reason else None}))
@@ -92,11 +116,11 @@ def _outline(slot: Slot, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
+def _describe(slot: Slot, entry: Entry, count: Count) -> dict[str, Any]:
     body = _outline(slot, entry)
     if slot.runner is None:
         return body
-    model, counters = slot.runner.model, slot.runner.counters
+    model, counters = slot.runner.model, count(slot.runner)
     report = model.report
     return body | {
         "sealed": report.sealed_by is not None,

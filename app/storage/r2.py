@@ -37,6 +37,7 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.handlers import add_expect_header
+from botocore.loaders import Loader
 from botocore.parsers import ResponseParserError
 
 from app.errors import (
@@ -156,6 +157,9 @@ class R2Storage:
         self._moved = moved
         self._client: Any = None
         self._opened = AsyncExitStack()
+        self._api = (
+            Loader()
+        )  # keeps what it has read of S3's API: a process that is forked later does not read it again
         self._client_arguments = {
             "endpoint_url": self._endpoint_url,
             "aws_access_key_id": access_key_id,
@@ -186,6 +190,7 @@ class R2Storage:
                 "credentials_file": (None, None, os.devnull, None),
             }
         )
+        session.register_component("data_loader", self._api)
         opening = aioboto3.Session(botocore_session=session).client("s3", **self._client_arguments)
         try:
             self._client = await self._opened.enter_async_context(opening)
