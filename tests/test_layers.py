@@ -25,7 +25,6 @@ ORDER = [
     "counters",
     "tally",
     "worker",
-    "counters",
     "signature",
     "intake",
     "inspection",
