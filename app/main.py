@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -27,7 +27,8 @@ def create_app(settings: Settings | None = None) -> Front:
     manager = ModelStorageManager.from_settings(settings)
     registry = Registry(settings.aliases, settings.required_models)
 
-    def make_runner(model: Model) -> Runner:
+    def make_runner(model: Model, costs: Mapping[int, float] | None) -> Runner:
+        del costs
         return Runner(
             model,
             max_batch_rows=settings.max_batch_rows,

@@ -12,10 +12,12 @@ from app import versions
 from app.api.errors import json_response, responses
 from app.auth import require_admin
 from app.errors import BucketUnreadable
+from app.model import Model
 from app.model_storage import ModelStorageManager
 from app.refresher import Refresher
 from app.registry import Entry, Registry, Slot, State
 from app.settings import Settings
+from app.timing import per_row
 
 
 def router(settings: Settings, manager: ModelStorageManager, registry: Registry, refresher: Refresher) -> APIRouter:
@@ -103,6 +105,8 @@ def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
         "sealed_by": report.sealed_by,
         "runtime": model.runtime,
         "parity": slot.parity,
+        "compiled": _compiled(model),
+        "microseconds_per_row": per_row(slot.costs) if slot.costs is not None else None,
         "golden_rows": len(model.golden.instances) if model.golden else 0,
         "source": [
             {
@@ -127,4 +131,18 @@ def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
         "errors": counters.errors,
         "batches": counters.batches,
         "latency_milliseconds": counters.quantiles(),
+    }
+
+
+def _compiled(model: Model) -> dict[str, Any]:
+    """Say what computes instead of scikit-learn, how that was proved and what it was measured to cost; or why nothing does."""
+    known = model.compiled
+    if known is None:
+        return {"parity": None, "rows": 0, "methods": [], "microseconds_per_row": None, "reason": model.not_compiled}
+    return {
+        "parity": known.parity,
+        "rows": known.rows,
+        "methods": known.methods,
+        "microseconds_per_row": known.microseconds_per_row.model_dump(mode="json"),
+        "reason": known.reason or model.not_compiled,
     }

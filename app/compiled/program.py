@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,16 @@ class Program:
     def methods(self) -> tuple[str, ...]:
         """The methods that it computes."""
         return tuple(self.heads)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The kinds of operations that it is made of."""
+        return tuple(sorted({operation.kind for operation in op.within((self.body, self.heads))}))
+
+    def only(self, methods: Iterable[str]) -> Program:
+        """Return the program for these methods only."""
+        kept = {*methods}
+        return Program(self.body, {method: head for method, head in self.heads.items() if method in kept})
 
     def run(self, rows: Rows, method: str) -> Any:
         """Compute `method` for the rows. Raises `ValueError` as scikit-learn would for input that it refuses."""
@@ -82,3 +92,10 @@ def input_of(rows: Rows) -> Array | Table:
     if rows.signature.layout in ("text", "records"):
         return rows.columns[0]
     return Table(rows.count, rows.columns)
+
+
+def unknown(operations: Iterable[str]) -> tuple[str, ...]:
+    """Return those of the kinds of operations that this release does not know."""
+    from app.compiled import operations as every  # noqa: F401 - importing it declares them
+
+    return tuple(sorted({*operations} - op.kinds()))
