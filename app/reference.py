@@ -34,7 +34,7 @@ class Reference:
             use_one_thread(part)
         _check_chain([*self._stages, estimator])
         _check_target(self._target, estimator)
-        self._orders = [_order(*pair) for pair in itertools.pairwise([*self._stages, estimator])]
+        self._orders = [order_between(*pair) for pair in itertools.pairwise([*self._stages, estimator])]
 
     def run(self, rows: Rows, method: str) -> Prediction:
         """Compute `method` for the rows. Raises whatever the estimator raises."""
@@ -171,7 +171,7 @@ def _decoded(labels: Any) -> Any:
     return array
 
 
-def _order(stage: Any, following: Any) -> list[int] | None:
+def order_between(stage: Any, following: Any) -> list[int] | None:
     """Return the columns of what `stage` gives in the order in which `following` was fitted on them, None if they are.
 
     Names decide where both have the same ones. Where they share none, one of the two was fitted without names, and the
