@@ -182,10 +182,13 @@ def draft(
 
 def _compiled(plain: Draft, model: Model, known: Sequence[Any]) -> Draft:
     """Return a draft with a compiled form, or with the reason why it has none."""
+    from threadpoolctl import threadpool_limits
+
     from app.compiler import planner
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of rows that nobody will send
+    # The warnings are of rows that nobody will send; and a service computes with one thread.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")
         plan = planner.plan(model, known, taken=plain.taken)
     parts = plain.parts
     if plan.body is not None:

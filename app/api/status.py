@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -106,7 +107,7 @@ def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
         "runtime": model.runtime,
         "parity": slot.parity,
         "compiled": _compiled(model),
-        "microseconds_per_row": per_row(slot.costs) if slot.costs is not None else None,
+        "microseconds_per_row": _written(per_row(slot.costs)) if slot.costs is not None else None,
         "golden_rows": len(model.golden.instances) if model.golden else 0,
         "source": [
             {
@@ -134,6 +135,10 @@ def _describe(slot: Slot, entry: Entry) -> dict[str, Any]:
     }
 
 
+def _written(figures: Mapping[int, float]) -> dict[str, float]:
+    return {str(rows): figure for rows, figure in figures.items()}
+
+
 def _compiled(model: Model) -> dict[str, Any]:
     """Say what computes instead of scikit-learn, how that was proved and what it was measured to cost; or why nothing does."""
     known = model.compiled
@@ -143,6 +148,9 @@ def _compiled(model: Model) -> dict[str, Any]:
         "parity": known.parity,
         "rows": known.rows,
         "methods": known.methods,
-        "microseconds_per_row": known.microseconds_per_row.model_dump(mode="json"),
+        "microseconds_per_row": {
+            "reference": _written(known.microseconds_per_row.reference),
+            "compiled": _written(known.microseconds_per_row.compiled),
+        },
         "reason": known.reason or model.not_compiled,
     }

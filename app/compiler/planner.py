@@ -10,6 +10,7 @@ import io
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,29 +65,21 @@ class Plan:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """One way to compute a program, and what it was measured to take."""
+def _cost(seconds: Mapping[int, float], reference: Mapping[int, float]) -> float:
+    """Return a form's time as a multiple of scikit-learn's, over the sizes that both were measured at."""
+    sizes = [size for size in WEIGHTS if size in seconds and size in reference]
+    weight = sum(WEIGHTS[size] for size in sizes) or 1.0
+    return math.exp(sum(WEIGHTS[size] * math.log(seconds[size] / reference[size]) for size in sizes) / weight)
 
-    program: Program
-    body: bytes
-    seconds: Mapping[int, float]
-    taken: Taken | None
 
-    def cost(self, reference: Mapping[int, float], reference_taken: Taken | None) -> float:
-        """Return its time as a multiple of scikit-learn's, over the sizes; more where it takes too much memory."""
-        sizes = [size for size in WEIGHTS if size in self.seconds and size in reference]
-        weight = sum(WEIGHTS[size] for size in sizes) or 1.0
-        logarithm = sum(WEIGHTS[size] * math.log(self.seconds[size] / reference[size]) for size in sizes) / weight
-        return math.exp(logarithm) * (MUCH_FASTER if self._is_heavy(reference_taken) else 1.0)
-
-    def _is_heavy(self, reference: Taken | None) -> bool:
-        if self.taken is None:
-            return False
-        if self.taken.peak_bytes + PROCESS_BYTES > SMALL_MACHINE_BYTES:
-            fits = reference is not None and reference.peak_bytes + PROCESS_BYTES + SKLEARN_BYTES <= SMALL_MACHINE_BYTES
-            return fits or reference is None
-        return reference is not None and self.taken.resident_bytes > 2 * reference.resident_bytes + SKLEARN_BYTES
+def is_heavy(form: Taken | None, reference: Taken | None) -> bool:
+    """Whether a form takes more than twice what scikit-learn and the model do, or more than a small machine has where they fit."""
+    if form is None or reference is None:
+        return False
+    beside = reference.peak_bytes + SKLEARN_BYTES
+    if form.resident_bytes > 2 * (reference.resident_bytes + SKLEARN_BYTES):
+        return True
+    return form.peak_bytes + PROCESS_BYTES > SMALL_MACHINE_BYTES >= beside + PROCESS_BYTES
 
 
 def plan(
@@ -104,7 +97,7 @@ def plan(
         return Plan(reason=f"compiling it failed: {loaders.reason(error)}")
 
 
-def _plan(model: Model, known: Sequence[Any], taken: Taken | None, seconds: float) -> Plan:
+def _plan(model: Model, known: Sequence[Any], taken: Taken | None, seconds_to_prove: float) -> Plan:
     assert model.reference is not None
     signature = model.signature
     program = compile.translate(model.reference.companions, model.reference.estimator, signature)
@@ -113,41 +106,75 @@ def _plan(model: Model, known: Sequence[Any], taken: Taken | None, seconds: floa
         raise NotCompilable(f"its {signature.default_method} has no compiled form")
     missing = [method for method in signature.methods if method not in program.heads]
     instances = [*known] or sampling.instances(signature, SIZES[1])
-    bodies = [form.write() for form in variants(program)]
-    read = [Program.read(io.BytesIO(body), len(body)) for body in bodies]
-    speeds = _raced(model, read, instances, RACE_SECONDS)
-    reference = speeds.pop("sklearn", {})
-    forms = [
-        _Form(form, body, speeds.get(str(index), {}), _memory(body, model, instances, taken))
-        for index, (form, body) in enumerate(zip(read, bodies, strict=True))
-    ]
+    forms = variants(_warmed(model, program, instances))
+    seconds = _raced(model, forms, instances, RACE_SECONDS)
+    reference = seconds.get("sklearn", {})
+    costs = {index: _cost(seconds.get(str(index), {}), reference) for index in range(len(forms))}
     why = "no form of it could be computed"
-    for form in sorted(forms, key=lambda form: form.cost(reference, taken)):
-        if form.cost(reference, taken) > MUCH_FASTER:
-            why = f"its compiled form takes {form.taken.resident_bytes // MB if form.taken else 0} MB, and is not faster for it"
+    heavy: list[tuple[float, int]] = []
+    # The fastest first; one that is heavy is taken up again when it is much faster than all those that are not.
+    for index in sorted(costs, key=costs.__getitem__):
+        found = _stored(model, forms[index], known, instances, taken, seconds_to_prove)
+        if isinstance(found, str):
+            why = found
             continue
-        found = proof.prove(model, form.program, known, seconds=seconds)
-        if signature.default_method not in found.methods:
-            why = found.failed.get(signature.default_method, why)
+        body, program, proved, memory = found
+        if is_heavy(memory, taken) and (len(heavy) + 1 < len(forms) or costs[index] * MUCH_FASTER > 1):
+            heavy.append((costs[index], index))
+            why = f"its compiled form takes {memory.resident_bytes // MB if memory else 0} MB, and is not much faster for it"
             continue
-        kept = form.program.only(found.methods)
-        body = form.body if kept.methods == form.program.methods else kept.write()
-        reasons = [found.reason] if found.reason else []
+        if heavy and min(heavy)[0] * MUCH_FASTER < costs[index]:
+            index = min(heavy)[1]
+            again = _stored(model, forms[index], known, instances, taken, seconds_to_prove)
+            if not isinstance(again, str):
+                body, program, proved, memory = again
+        reasons = [proved.reason] if proved.reason else []
         reasons += [f"its {', '.join(missing)} has no compiled form"] if missing else []
-        compiled = Compiled(
-            format=programs.FORMAT,
-            methods=kept.methods,
-            operations=kept.operations,
-            parity=found.parity,
-            rows=found.rows,
-            reason="; ".join(reasons) or None,
-            microseconds_per_row=Speeds(reference=per_row(reference), compiled=per_row(form.seconds)),
-            resident_bytes=form.taken.resident_bytes if form.taken else None,
-            peak_bytes=form.taken.peak_bytes if form.taken else None,
-            compiled_with=_versions(),
-        )
-        return Plan(body, compiled)
+        speeds = Speeds(reference=per_row(reference), compiled=per_row(seconds.get(str(index), {})))
+        return Plan(body, _described(program, proved, speeds, reasons, memory))
     return Plan(reason=why)
+
+
+def _stored(
+    model: Model, form: Program, known: Sequence[Any], instances: Sequence[Any], taken: Taken | None, seconds: float
+) -> tuple[bytes, Program, proof.Proof, Taken | None] | str:
+    """Write a form and prove what is read back; return it with what loading it takes, or why it is none."""
+    body = form.write()
+    read = Program.read(io.BytesIO(body), len(body))
+    proved = proof.prove(model, read, known, seconds=seconds)
+    method = model.signature.default_method
+    if method not in proved.methods:
+        return proved.failed.get(method, f"its {method} has no compiled form")
+    kept = read.only(proved.methods)
+    if kept.methods != read.methods:
+        body = kept.write()
+    return body, kept, proved, _memory(body, model, instances, taken)
+
+
+def _warmed(model: Model, program: Program, instances: Sequence[Any]) -> Program:
+    """Let a program compute a row, so that its variants share what it has made for that."""
+    with suppress(RequestError):
+        rows = sampling.batches(model.signature, instances, (1,))
+        if rows:
+            model.settled(program, None, None).predict_by("compiled", rows[1], model.signature.default_method)
+    return program
+
+
+def _described(
+    program: Program, proved: proof.Proof, speeds: Speeds, reasons: Sequence[str], taken: Taken | None = None
+) -> Compiled:
+    return Compiled(
+        format=programs.FORMAT,
+        methods=program.methods,
+        operations=program.operations,
+        parity=proved.parity,
+        rows=proved.rows,
+        reason="; ".join(reasons) or None,
+        microseconds_per_row=speeds,
+        resident_bytes=taken.resident_bytes if taken else None,
+        peak_bytes=taken.peak_bytes if taken else None,
+        compiled_with=_versions(),
+    )
 
 
 def variants(program: Program) -> list[Program]:
@@ -158,9 +185,15 @@ def variants(program: Program) -> list[Program]:
         return [program]
 
     def chosen(index: int) -> Program:
+        made: dict[int, Op] = {}  # an operation that stands in several places is replaced by one
+
         def change(operation: Op) -> Op:
-            others = _variants(operation) if hasattr(operation, "variants") else ()
-            return others[min(index, len(others) - 1)] if others else operation
+            if not hasattr(operation, "variants"):
+                return operation
+            if id(operation) not in made:
+                others = _variants(operation)
+                made[id(operation)] = others[min(index, len(others) - 1)]
+            return made[id(operation)]
 
         return Program(op.rebuilt(program.body, change), op.rebuilt(dict(program.heads), change))
 
@@ -185,22 +218,12 @@ def prove_candidate(model: Model, candidate: Program, *, seconds: float) -> tupl
         if model.signature.default_method not in found.methods:
             return None, found.failed.get(model.signature.default_method, "it has no form that computes")
         instances = [*known] or sampling.instances(model.signature, SIZES[1])
-        speeds = _raced(model, [candidate], instances, seconds * 0.25)
+        raced = _raced(model, [candidate], instances, seconds * 0.25)
     except Exception as error:
         return None, f"compiling it failed: {loaders.reason(error)}"
     kept = candidate.only(found.methods)
-    return Compiled(
-        format=programs.FORMAT,
-        methods=kept.methods,
-        operations=kept.operations,
-        parity=found.parity,
-        rows=found.rows,
-        reason=found.reason,
-        microseconds_per_row=Speeds(
-            reference=per_row(speeds.get("sklearn", {})), compiled=per_row(speeds.get("0", {}))
-        ),
-        compiled_with=_versions(),
-    ), None
+    speeds = Speeds(reference=per_row(raced.get("sklearn", {})), compiled=per_row(raced.get("0", {})))
+    return _described(kept, found, speeds, [found.reason] if found.reason else []), None
 
 
 def _raced(
