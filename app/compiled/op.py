@@ -124,7 +124,7 @@ def _value(given: Any, annotation: Any, arrays: Mapping[str, Array], depth: int,
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if type(given) is dict and given.keys() == {"map"} and type(given["map"]) is dict:
             return {key: _value(item, arguments[1], arrays, depth, where) for key, item in given["map"].items()}
-    elif origin is np.ndarray:
+    elif annotation == Array:
         if type(given) is dict and given.keys() == {"array"} and type(given["array"]) is str:
             found = arrays.get(given["array"])
             if found is not None:

@@ -46,9 +46,8 @@ class Program:
         return tuple(sorted({operation.kind for operation in op.within((self.body, self.heads))}))
 
     def only(self, methods: Iterable[str]) -> Program:
-        """Return the program for these methods only."""
-        kept = {*methods}
-        return Program(self.body, {method: head for method, head in self.heads.items() if method in kept})
+        """Return the program for these of its methods only."""
+        return Program(self.body, {method: self.heads[method] for method in methods if method in self.heads})
 
     def run(self, rows: Rows, method: str) -> Any:
         """Compute `method` for the rows. Raises `ValueError` as scikit-learn would for input that it refuses."""

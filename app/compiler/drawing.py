@@ -113,7 +113,9 @@ class _Table:
             for name, values in _HUGE.items():
 
                 def huge(position: int, value: Any, values: Sequence[float] = values) -> Any:
-                    return values[int(self._random.integers(len(values)))]
+                    drawn = values[int(self._random.integers(len(values)))]
+                    largest = float(np.finfo(np.float32 if "32" in self._specs[position].dtype else np.float64).max)
+                    return max(-largest, min(largest, drawn))
 
                 found.append(Sample(f"with {name} values", self._changed(max(4, rows // 80), self._floats, huge)))
         return [sample for sample in found if sample.instances]
@@ -257,7 +259,7 @@ def _trees_of(estimator: Any) -> Iterator[_Tree]:
             continue
         for part in parts_of(entry):
             tree = getattr(part, "tree_", None)
-            if tree is not None:
+            if hasattr(tree, "children_left"):
                 yield _Tree(tree.feature, tree.threshold, tree.children_left, tree.children_right)
             if getattr(part, "_preprocessor", None) is not None:
                 continue  # it has moved its columns
