@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ pytest.importorskip("app.compiled.trees")
 pytest.importorskip("app.compiled.linear")
 
 HEAVY = {"sklearn", "scikit_learn.libs", "pandas", "pyarrow", "scipy", "scipy.libs", "joblib"}
+# Other tests keep this machine busy.
+PATIENT = "from app import cli, gate; gate.COMPILE_SECONDS = 60; raise SystemExit(cli.main(['serve']))"
+WITH_TIME = (sys.executable, "-c", PATIENT)
 COMPILED = {"named": "logistic, named", "forest": "forest, float classes", "histogram": "histogram boosting"}
 
 
@@ -72,7 +76,8 @@ def test_compiled_models_are_served_without_a_library_of_scikit_learn_and_answer
             assert set(row["microseconds_per_row"]) == {"1", "64", "1000"}
             assert {source["role"] for source in row["source"]} == {"compiled"}
             for method in row["methods"]:
-                expected = wire(np.asarray(getattr(it.estimator, method)(it.data)))
+                with np.errstate(divide="ignore"):  # the logarithm of an impossible class
+                    expected = wire(np.asarray(getattr(it.estimator, method)(it.data)))
                 np.testing.assert_allclose(
                     np.array(answers(service, name, it.data, method), dtype=float),
                     np.array(expected, dtype=float),
@@ -109,7 +114,7 @@ def test_what_is_not_compiled_is_refused_where_nothing_else_may_serve(manager, p
 def test_a_bare_forest_is_compiled_as_it_is_loaded(manager, environment):
     it = zoo.fitted("forest, float classes")
     put(manager, "models/bare.joblib", dumped(it.estimator))
-    with running(environment) as service:
+    with running(environment, command=WITH_TIME) as service:
         service.wait_ready()
         row = service.model("bare")
 

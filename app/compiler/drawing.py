@@ -36,7 +36,6 @@ _PLAIN_EDGES = (
     123456.789,
 )
 _HUGE = {
-    "large": (1e6, -1e9, 1e12, -1e15, 9007199254740993.0),
     "very large": (1e20, -1e30, 1e36),
     "at the end of float32": (_LARGEST_FLOAT32, -_LARGEST_FLOAT32, _LARGEST_FLOAT32 * (1 + 1e-7), -3.5e38),
     # Not up to the largest float64: sums beyond that are infinite or not a number depending on their order, in
@@ -110,6 +109,7 @@ class _Table:
         if any(spec.nullable for spec in self._specs):
             found.append(Sample("with missing values", self._missing(rows // 12)))
         if self._floats:
+            found.append(Sample("with large values", self._changed(max(4, rows // 40), self._floats, self._large)))
             for name, values in _HUGE.items():
 
                 def huge(position: int, value: Any, values: Sequence[float] = values) -> Any:
@@ -183,6 +183,12 @@ class _Table:
             return str(self._random.choice(_TIMES))
         known = self._words[position] or [value]
         return known[int(self._random.integers(len(known)))]
+
+    def _large(self, position: int, value: Any) -> Any:
+        """Return a number that is up to a million times what is recorded in its column."""
+        known = [abs(item) for item in self._columns[position] if type(item) in (int, float)]
+        factor = float(self._random.choice([10.0, -10.0, 1e3, -1e3, 1e6, -1e6]))
+        return factor * min(max(known, default=1.0) or 1.0, 1e30)
 
     def _strange(self, position: int, value: Any) -> Any:
         spec = self._specs[position]
@@ -258,8 +264,8 @@ def _trees_of(estimator: Any) -> Iterator[_Tree]:
         if hasattr(entry, "transform") and not hasattr(entry, "predict"):
             continue
         for part in parts_of(entry):
-            tree = getattr(part, "tree_", None)
-            if hasattr(tree, "children_left"):
+            tree: Any = getattr(part, "tree_", None)
+            if hasattr(tree, "children_left"):  # not one of those that find neighbours
                 yield _Tree(tree.feature, tree.threshold, tree.children_left, tree.children_right)
             if getattr(part, "_preprocessor", None) is not None:
                 continue  # it has moved its columns

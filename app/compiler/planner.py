@@ -31,6 +31,7 @@ from app.timing import PROBE_ROWS, SIZES, per_row, race
 
 RACE_SECONDS = 2.0
 MAX_VARIANTS = 6
+MAX_PROOFS = 2
 SMALL_MACHINE_BYTES = 512 * MB
 PROCESS_BYTES = 100 * MB  # what a service takes before it has loaded anything
 SKLEARN_BYTES = 150 * MB  # what scikit-learn takes, which a model that is compiled altogether does without
@@ -110,13 +111,15 @@ def _plan(model: Model, known: Sequence[Any], taken: Taken | None, seconds_to_pr
     seconds = _raced(model, forms, instances, RACE_SECONDS)
     reference = seconds.get("sklearn", {})
     costs = {index: _cost(seconds.get(str(index), {}), reference) for index in range(len(forms))}
-    why = "no form of it could be computed"
+    why, tried = "no form of it could be computed", 0
     heavy: list[tuple[float, int]] = []
     # The fastest first; one that is heavy is taken up again when it is much faster than all those that are not.
     for index in sorted(costs, key=costs.__getitem__):
         found = _stored(model, forms[index], known, instances, taken, seconds_to_prove)
         if isinstance(found, str):
-            why = found
+            why, tried = found, tried + 1
+            if tried == MAX_PROOFS:  # what two forms of it get wrong, the others do too
+                break
             continue
         body, program, proved, memory = found
         if is_heavy(memory, taken) and (len(heavy) + 1 < len(forms) or costs[index] * MUCH_FASTER > 1):
@@ -214,10 +217,11 @@ def prove_candidate(model: Model, candidate: Program, *, seconds: float) -> tupl
         return None, "compiling it took longer than a load may"
     try:
         known = model.golden.instances if model.golden else ()
+        instances = [*known] or sampling.instances(model.signature, SIZES[1])
+        _warmed(model, candidate, instances)  # the first import of an engine is no part of it
         found = proof.prove(model, candidate, known, seconds=seconds * 0.75, rows=1500)
         if model.signature.default_method not in found.methods:
             return None, found.failed.get(model.signature.default_method, "it has no form that computes")
-        instances = [*known] or sampling.instances(model.signature, SIZES[1])
         raced = _raced(model, [candidate], instances, seconds * 0.25)
     except Exception as error:
         return None, f"compiling it failed: {loaders.reason(error)}"

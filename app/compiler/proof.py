@@ -25,10 +25,12 @@ TOLERANCE = 1e-9  # relative
 FLOOR = 1e-3  # of the magnitude of a column: what is smaller is held against that; 1e-12 of it is the smallest difference told
 ROWS = 4000
 SECONDS = 5.0
+PATIENCE = 4
 MIN_ROWS = 200  # where fewer can be compared in the time, nothing is proved
 MOST = 1000  # rows in a batch
 FEW = (7, 64)  # rows in a batch: of each kind one is computed
 ALONE = 10  # rows of each kind that are computed one by one, as many as there is time for
+REFUSED = 60  # rows of each kind: when so many were refused by both, no further batch is taken apart to find more
 LOOKED_AT = 30  # rows of a batch that differ: more are not worth a second look
 
 
@@ -52,7 +54,8 @@ def prove(
 ) -> Proof:
     """Compare a program to the estimator of `model`, on `known` instances, the golden rows, and rows drawn around them.
 
-    It takes at most about `seconds`; what could not be compared in time is not proved.
+    It computes for at most about `seconds` (on a busy machine that takes longer, `PATIENCE` times that at most); what could not be
+    compared in time is not proved.
     """
     return _Trial(model, program, seconds).run(known, rows)
 
@@ -70,10 +73,13 @@ class _Trial:
         self._model = model.settled(program, None, None)
         self._methods = [method for method in model.signature.methods if method in program.heads]
         self._started = time.perf_counter()
+        self._computed_before = time.thread_time()
         self._seconds = seconds
         self._worst: dict[str, float] = dict.fromkeys(self._methods, 0.0)
         self._magnitudes: dict[str, list[Array]] = {}
         self._failed: dict[str, str] = {}
+        self._refused: set[int] = set()  # the identities of the rows of one kind that both refuse
+        self._skipped = 0
 
     def run(self, known: Sequence[Any], rows: int) -> Proof:
         signature, reference = self._model.signature, self._model.reference
@@ -84,7 +90,7 @@ class _Trial:
         try:
             # The same rows are drawn whatever the time; where that is short, fewer of each kind are compared.
             samples = drawing.samples(signature, reference, known, rows=rows)
-            share = self._affordable(known, rows) / rows
+            share = self._affordable(samples[0].instances if samples else [], rows) / rows
             for sample in samples:
                 count = max(len(golden), FEW[0], math.ceil(share * len(sample.instances)))
                 instances = [instance for instance in sample.instances[:count] if drawing.is_writable(instance)]
@@ -95,6 +101,7 @@ class _Trial:
                 if whole is None:
                     continue
                 compared += whole.count
+                self._refused.clear()
                 passing = [method for method in self._methods if method not in self._failed]
                 for method in passing:
                     # What is computed for a few rows does not depend on the method, so the kinds of rows share them.
@@ -103,22 +110,27 @@ class _Trial:
         except _OutOfTime:
             why = f"could not be compared to scikit-learn's within {self._seconds:.2g} s"
             self._failed |= {method: f"its {method} {why}" for method in self._methods if method not in self._failed}
+        compared -= self._skipped
         if compared < min(MIN_ROWS, rows):
             why = f"could be compared to scikit-learn's on {compared} rows only"
             self._failed |= {method: f"its {method} {why}" for method in self._methods if method not in self._failed}
         passed = tuple(method for method in self._methods if method not in self._failed)
         return Proof(passed, max((self._worst[method] for method in passed), default=0.0), compared, self._failed)
 
-    def _affordable(self, known: Sequence[Any], rows: int) -> int:
+    def _affordable(self, instances: list[Any], rows: int) -> int:
         """Return how many rows the reference can compute in about half of the time."""
-        trial = self._validated([*known][:64])
+        trial = self._validated(instances[:64])
         if trial is None or not self._methods:
             return rows
-        started = time.perf_counter()
+        started = time.thread_time()
         self._outcome("sklearn", trial, self._methods[0])
-        took = (time.perf_counter() - started) / trial.count * len(self._methods)
-        left = self._seconds - (time.perf_counter() - self._started)
+        took = (time.thread_time() - started) / trial.count * len(self._methods)
+        left = self._seconds - self._spent()
         return int(max(MIN_ROWS, min(rows, left / 4 / max(took, 1e-9))))
+
+    def _spent(self) -> float:
+        """Return the seconds that were computed, or the share of patience that is used up where that is more."""
+        return max(time.thread_time() - self._computed_before, (time.perf_counter() - self._started) / PATIENCE)
 
     def _validated(self, instances: list[Any]) -> Rows | None:
         try:
@@ -128,34 +140,43 @@ class _Trial:
 
     def _compare_all(self, method: str, instances: list[Any], name: str, few: bool, seconds: float) -> None:
         """Compare a method on one kind of rows, with `few` in small batches, too. What differs is put down as the reason."""
+        refused = [instance for instance in instances if id(instance) in self._refused]
+        if refused:  # by another method, so most likely by this one as well, and each would break up a batch
+            instances = [instance for instance in instances if id(instance) not in self._refused]
         try:
             scale: list[Array] = []
+            for instance in refused[:3]:
+                self._compare(method, [instance], name, scale)
             for start in range(0, len(instances), MOST):
                 scale = self._compare(method, instances[start : start + MOST], name, scale)
             if not few:
                 return
-            for size in FEW:
+            for size in FEW if instances else ():
                 self._compare(method, instances[-size:], name, scale)
-            stop = time.perf_counter() + seconds
+            stop = self._spent() + seconds
             for index in range(min(len(instances), ALONE)):
                 self._compare(method, instances[index : index + 1], name, scale)
-                if time.perf_counter() > stop:
+                if self._spent() > stop:
                     break
         except _Differs as error:
             self._failed[method] = f"its {method} {error} ({name})"
 
     def _compare(self, method: str, instances: list[Any], name: str, scale: list[Array]) -> list[Array]:
         """Compare one batch, or its halves where it was refused; return the magnitude of each column of the answer."""
-        if time.perf_counter() - self._started > self._seconds:
+        if self._spent() > self._seconds:
             raise _OutOfTime
         rows = self._model.signature.validate(instances)
         expected, found = (self._outcome(runtime, rows, method) for runtime in ("sklearn", "compiled"))
         if isinstance(expected, Exception) or isinstance(found, Exception):
             if len(instances) > 1 and (self._model.signature.rowwise or isinstance(expected, RequestTooLarge)):
+                if len(self._refused) > REFUSED and isinstance(expected, Exception) and isinstance(found, Exception):
+                    self._skipped += len(instances)
+                    return scale
                 half = len(instances) // 2
                 scale = self._compare(method, instances[:half], name, scale)
                 return self._compare(method, instances[half:], name, scale)
             _check_refusals(expected, found)
+            self._refused.update(map(id, instances))
             return scale
         outputs = _outputs(expected), _outputs(found)
         if len(outputs[0]) != len(outputs[1]):
