@@ -170,6 +170,7 @@ def _stop_before_the_start(number: int, frame: FrameType | None) -> NoReturn:
 
 def _publish(options: argparse.Namespace, settings: Settings) -> int:
     from app import publishing
+    from app.manifest import COMPILED
     from app.names import check_name
     from app.seal import public_key_of
 
@@ -194,7 +195,7 @@ def _publish(options: argparse.Namespace, settings: Settings) -> int:
             options.name, draft, version=options.version, promote=options.promote, seal_key=key
         ),
     )
-    size = sum(len(part.body) for part in draft.parts)
+    size = sum(len(part.body) for part in draft.parts if part.role != COMPILED)
     rows = len(draft.golden.instances) if draft.golden else 0
     signer = public_key_of(key).id if key else None
     document = {
@@ -234,8 +235,8 @@ def _verify(options: argparse.Namespace, settings: Settings) -> int:
                 rows = (
                     f"{verdict.golden_rows} golden rows come out" if verdict.golden_rows else "no golden rows to check"
                 )
-                both = f" ({verdict.runtime})" if verdict.runtime != "sklearn" else ""
-                print(f"ok     {verdict.ref}: loads{both}, {rows}")
+                forms = {"compiled": ", compiled only", "compiled+sklearn": ", compiled as well"}
+                print(f"ok     {verdict.ref}: loads, {rows}{forms.get(verdict.runtime or '', '')}")
         return found, _where(manager)
 
     found, where = _in_bucket(options, settings, work)

@@ -144,6 +144,8 @@ def test_no_module_imports_a_heavy_library_before_it_needs_it(name):
         ("app.main", HEAVY | {"aioboto3", "botocore"}),
         ("app.cli", HEAVY | {"numpy", "fastapi", "uvicorn", "aioboto3", "botocore"}),
         ("app.settings", HEAVY | {"numpy", "fastapi"}),
+        ("app.gate", HEAVY | {"onnxruntime"}),
+        ("app.compiled.operations", HEAVY | {"onnxruntime"}),
         ("app.protocol", HEAVY | {"numpy", "fastapi"}),
     ],
 )
