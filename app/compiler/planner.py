@@ -112,36 +112,47 @@ def _plan(model: Model, known: Sequence[Any], taken: Taken | None, seconds_to_pr
     reference = seconds.get("sklearn", {})
     costs = {index: _cost(seconds.get(str(index), {}), reference) for index in range(len(forms))}
     why, tried = "no form of it could be computed", 0
-    heavy: list[tuple[float, int]] = []
-    # The fastest first; one that is heavy is taken up again when it is much faster than all those that are not.
-    for index in sorted(costs, key=costs.__getitem__):
+    chosen: tuple[int, _Stored] | None = None
+    heavy: tuple[int, _Stored] | None = None
+    for index in sorted(costs, key=costs.__getitem__):  # the fastest first
         found = _stored(model, forms[index], known, instances, taken, seconds_to_prove)
         if isinstance(found, str):
             why, tried = found, tried + 1
             if tried == MAX_PROOFS:  # what two forms of it get wrong, the others do too
                 break
-            continue
-        body, program, proved, memory = found
-        if is_heavy(memory, taken) and (len(heavy) + 1 < len(forms) or costs[index] * MUCH_FASTER > 1):
-            heavy.append((costs[index], index))
-            why = f"its compiled form takes {memory.resident_bytes // MB if memory else 0} MB, and is not much faster for it"
-            continue
-        if heavy and min(heavy)[0] * MUCH_FASTER < costs[index]:
-            index = min(heavy)[1]
-            again = _stored(model, forms[index], known, instances, taken, seconds_to_prove)
-            if not isinstance(again, str):
-                body, program, proved, memory = again
-        reasons = [proved.reason] if proved.reason else []
-        reasons += [f"its {', '.join(missing)} has no compiled form"] if missing else []
-        speeds = Speeds(reference=per_row(reference), compiled=per_row(seconds.get(str(index), {})))
-        return Plan(body, _described(program, proved, speeds, reasons, memory))
-    return Plan(reason=why)
+        elif not is_heavy(found.taken, taken):
+            chosen = index, found
+            break
+        elif heavy is None:
+            heavy = index, found
+            size = found.taken.resident_bytes // MB if found.taken else 0
+            why = f"its compiled form takes {size} MB, and is not much faster for it"
+    others = costs[chosen[0]] if chosen is not None else 1.0  # of scikit-learn itself
+    if heavy is not None and costs[heavy[0]] * MUCH_FASTER < others:
+        chosen = heavy
+    if chosen is None:
+        return Plan(reason=why)
+    index, stored = chosen
+    reasons = [stored.proved.reason] if stored.proved.reason else []
+    reasons += [f"its {', '.join(missing)} has no compiled form"] if missing else []
+    speeds = Speeds(reference=per_row(reference), compiled=per_row(seconds.get(str(index), {})))
+    return Plan(stored.body, _described(stored.program, stored.proved, speeds, reasons, stored.taken))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A form as it is written and as it was read back, its proof, and what loading it takes."""
+
+    body: bytes
+    program: Program
+    proved: proof.Proof
+    taken: Taken | None
 
 
 def _stored(
     model: Model, form: Program, known: Sequence[Any], instances: Sequence[Any], taken: Taken | None, seconds: float
-) -> tuple[bytes, Program, proof.Proof, Taken | None] | str:
-    """Write a form and prove what is read back; return it with what loading it takes, or why it is none."""
+) -> _Stored | str:
+    """Write a form and prove what is read back, or return why that cannot be done."""
     body = form.write()
     read = Program.read(io.BytesIO(body), len(body))
     proved = proof.prove(model, read, known, seconds=seconds)
@@ -151,7 +162,7 @@ def _stored(
     kept = read.only(proved.methods)
     if kept.methods != read.methods:
         body = kept.write()
-    return body, kept, proved, _memory(body, model, instances, taken)
+    return _Stored(body, kept, proved, _memory(body, model, instances, taken))
 
 
 def _warmed(model: Model, program: Program, instances: Sequence[Any]) -> Program:
