@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from app import loaders, sampling
 from app.errors import RequestError
 from app.manifest import Compiled
-from app.model import Model
+from app.model import Model, holds_own_code
 from app.timing import PROBE_ROWS, SIZES, race
 
 COST_SECONDS = 0.3
@@ -73,8 +73,14 @@ def settle(model: Model, found: Gate) -> Model:
 
 
 def costs(model: Model, *, seconds: float = COST_SECONDS) -> dict[int, float] | None:
-    """Return the seconds that batches of the default method take, by their number of rows; None if it refuses the rows."""
+    """Return the seconds that batches of the default method take, by their number of rows; None if it refuses the rows.
+
+    Somebody's own code is not run on rows that nobody sent: it may do anything with them, and take for ever. Then it is None, too.
+    """
     method = model.signature.default_method
+    reference = model.reference
+    if model.golden is None and reference is not None and holds_own_code([*reference.companions, reference.estimator]):
+        return None
     known = model.golden.instances if model.golden else sampling.instances(model.signature, SIZES[1])
     try:
         made = sampling.batches(model.signature, known, (*SIZES, PROBE_ROWS))

@@ -18,7 +18,7 @@ from app.model import Model
 from app.names import ModelRef
 from app.timing import race
 from tests import zoo
-from tests.estimators import Fitted
+from tests.estimators import Endless, Fitted
 from tests.toy_operations import Chosen, Mistaken, line, program
 
 random = np.random.default_rng(2)
@@ -118,10 +118,13 @@ def test_what_refuses_rows_that_are_made_up_has_no_costs():
 
 
 def test_what_takes_any_width_has_no_costs():
-    class Wide(Fitted):
-        n_features_in_ = None
+    signature = inspection.infer((), SUM).model_copy(update={"inputs": ()})
 
-    assert gate(Model(REF, inspection.infer((), Wide()), Wide())).costs is None
+    assert gate(Model(REF, signature, SUM)).costs is None
+
+
+def test_the_code_of_others_is_not_run_on_rows_that_nobody_sent():
+    assert gate(Model(REF, inspection.infer((), Endless()), Endless())).costs is None
 
 
 def test_a_batch_that_would_take_too_long_is_not_tried():
@@ -133,7 +136,8 @@ def test_a_batch_that_would_take_too_long_is_not_tried():
             threading.Event().wait(0.004 * len(rows))
             return super().predict(rows)
 
-    costs = gates.costs(Model(REF, inspection.infer((), Slow()), Slow()), seconds=0.2)
+    known = Golden(instances=X[:1].tolist(), outputs={})
+    costs = gates.costs(Model(REF, inspection.infer((), Slow()), Slow(), golden=known), seconds=0.2)
 
     assert costs is not None
     assert set(costs) == {1}
