@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from app import memory
 from app.errors import StorageUnavailable
-from app.manifest import Artifact, Manifest
+from app.manifest import COMPILED, Artifact, Manifest
 from app.names import ModelRef
 from app.storage.base import ObjectInfo, Storage
 from app.storage.reader import ObjectReader
@@ -38,6 +38,9 @@ class Part:
 class Bundle:
     """The parts of one version, the companions first in the order in which they are applied, the model last.
 
+    A compiled form is one of the parts, the very last, where it is to be read; where the model is not among them, it does
+    without scikit-learn. `compiles`: it has none, and one may be made as it is loaded. `not_compiled` is why it has none.
+
     `sealed_by` is whose seal was found right; `warnings` is what is worth telling before it is loaded.
 
     Leaving its `with` block ends the reading: a thread that is still at it gets an error instead of waiting for ever.
@@ -52,6 +55,8 @@ class Bundle:
     trust: Trust = field(default_factory=Trust)
     sealed_by: str | None = None
     warnings: tuple[str, ...] = ()
+    compiles: bool = False
+    not_compiled: str | None = None
     _streams: _Streams = field(default_factory=lambda: _Streams(), init=False, repr=False, compare=False)
 
     def __enter__(self) -> Self:
@@ -66,6 +71,28 @@ class Bundle:
     def size(self) -> int:
         """All parts together, in bytes."""
         return sum(part.info.size for part in self.parts)
+
+    @property
+    def needs_sklearn(self) -> bool:
+        """Whether a fitted object is among the parts."""
+        return any(part.role == "model" for part in self.parts)
+
+    @property
+    def recorded(self) -> memory.Taken | None:
+        """What its publisher measured a load of these parts to take; None unless all of it was measured."""
+        if self.manifest is None:
+            return None
+        measured = [self.manifest.memory] if self.needs_sklearn else []
+        if self.manifest.compiled is not None and any(part.role == COMPILED for part in self.parts):
+            measured.append(self.manifest.compiled.memory)
+        known = [taken for taken in measured if taken is not None]
+        if len(known) < len(measured):
+            return None
+        resident, peak = 0, 0
+        for taken in known:  # one after the other
+            peak = max(peak, resident + taken.peak_bytes)
+            resident += taken.resident_bytes
+        return memory.Taken(resident, peak)
 
     @property
     def stored(self) -> list[memory.Stored]:

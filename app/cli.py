@@ -187,6 +187,7 @@ def _stop_before_the_start(number: int, frame: FrameType | None) -> NoReturn:
 
 def _publish(options: argparse.Namespace, settings: Settings) -> int:
     from app import publishing
+    from app.manifest import COMPILED
     from app.names import check_name
     from app.seal import public_key_of
 
@@ -197,7 +198,13 @@ def _publish(options: argparse.Namespace, settings: Settings) -> int:
     files = {role: getattr(options, role) for role in ("scaler", "encoder", "preprocessor", "model")}
     parts = {role: publishing.part_from_file(role, path) for role, path in files.items() if path is not None}
     examples = publishing.read_examples(options.examples) if options.examples else None
-    draft = publishing.draft(parts, examples, extra_columns_ignored=options.ignore_extra_columns, trust=settings.trust)
+    draft = publishing.draft(
+        parts,
+        examples,
+        extra_columns_ignored=options.ignore_extra_columns,
+        trust=settings.trust,
+        compile=not options.no_compile,
+    )
     ref, live = _in_bucket(
         options,
         settings,
@@ -205,7 +212,7 @@ def _publish(options: argparse.Namespace, settings: Settings) -> int:
             options.name, draft, version=options.version, promote=options.promote, seal_key=key
         ),
     )
-    size = sum(len(part.body) for part in draft.parts)
+    size = sum(len(part.body) for part in draft.parts if part.role != COMPILED)
     rows = len(draft.golden.instances) if draft.golden else 0
     signer = public_key_of(key).id if key else None
     document = {
@@ -215,11 +222,14 @@ def _publish(options: argparse.Namespace, settings: Settings) -> int:
         "methods": draft.signature.methods,
         "production": live,
         "sealed_by": signer,
+        "compiled": draft.compiled.model_dump(mode="json", exclude_none=True) if draft.compiled else None,
+        "not_compiled": draft.not_compiled,
     }
     seal = f", sealed with key {signer}" if signer else ""
     state = "in production" if live else f"not in production: `promote {ref.name} {ref.version}` would put it there"
     methods = ", ".join(draft.signature.methods)
-    _tell(options, document, f"published {ref}: {size:,} bytes, {rows} golden rows, methods {methods}{seal}; {state}")
+    lines = [f"published {ref}: {size:,} bytes, {rows} golden rows, methods {methods}{seal}; {state}"]
+    _tell(options, document, *lines, *([draft.summary] if draft.summary else []))
     if not rows:
         print(
             "no --examples were given: the service cannot check this model's answers when it loads it", file=sys.stderr
@@ -238,10 +248,12 @@ def _verify(options: argparse.Namespace, settings: Settings) -> int:
                 continue
             if verdict.problem is not None:
                 print(_printable(f"{'unread' if verdict.unread else 'FAILED'} {verdict.ref}: {verdict.problem}"))
-            elif verdict.golden_rows:
-                print(f"ok     {verdict.ref}: loads, {verdict.golden_rows} golden rows come out")
             else:
-                print(f"ok     {verdict.ref}: loads, no golden rows to check")
+                rows = (
+                    f"{verdict.golden_rows} golden rows come out" if verdict.golden_rows else "no golden rows to check"
+                )
+                forms = {"compiled": ", compiled only", "compiled+sklearn": ", compiled as well"}
+                print(f"ok     {verdict.ref}: loads, {rows}{forms.get(verdict.runtime or '', '')}")
         return found, _where(manager)
 
     found, where = _in_bucket(options, settings, work)
@@ -546,6 +558,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--version", metavar="LABEL", help="the version's label; the next integer unless given")
     publish.add_argument("--promote", action="store_true", help="put it in production (a first version always is)")
     publish.add_argument("--seal-key", metavar="FILE", help="seal it with this private key; -: from standard input")
+    publish.add_argument("--no-compile", action="store_true", help="store no compiled form beside the model")
     publish.add_argument(
         "--ignore-extra-columns", action="store_true", help="requests may have columns it does not know"
     )

@@ -21,7 +21,8 @@ DisklessError
 │   ├── NoRoom                 loading it would take more memory than there is
 │   ├── LoadFailed             the bytes are not an object of the format they claim
 │   │   ├── UntrustedType      the file mentions a class or function that is not trusted
-│   │   └── TooLarge           it becomes larger than it may
+│   │   ├── TooLarge           it becomes larger than it may
+│   │   └── CompiledUnreadable only the compiled form is none for this release: the reference may serve
 │   ├── CompanionFailed        a scaler, encoder or preprocessor is missing, broken or does not fit
 │   ├── UnusableModel          loaded, but not something that predicts
 │   └── GoldenMismatch         the golden rows did not come out
@@ -154,6 +155,10 @@ class UntrustedType(LoadFailed):
 
 class TooLarge(LoadFailed):
     """The object becomes larger than it may, by what is free or by what a file of its size can rightly become."""
+
+
+class CompiledUnreadable(LoadFailed):
+    """The compiled form has the right digest, and is none that this release can read: the reference may serve."""
 
 
 class CompanionFailed(BundleError):

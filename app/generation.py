@@ -32,13 +32,13 @@ from typing import Any, NoReturn, override
 from app import errors, log
 from app.bundle import Bundle
 from app.channel import Channel, Closed, Message
-from app.errors import BundleError, LoadFailed, RequestError, StorageError
+from app.errors import BundleError, DisklessError, LoadFailed
 from app.forked import outcome_fields, prepared, serve
-from app.loaders import reason
+from app.gate import Gate
 from app.main import assemble, runner_maker
 from app.memory import trim_heap
 from app.model import Model
-from app.model_storage import Checked, ModelStorageManager
+from app.model_storage import Checked, ModelStorageManager, check, load, settled
 from app.processes import end_with_parent, how_it_ended, other_threads
 from app.refresher import Outcome, Refresher
 from app.registry import Registry, Snapshot
@@ -241,8 +241,7 @@ class Line:
             crash.left -= 1
             raise LoadFailed(f"{label}: {crash.reason}")
         self._channel.send_now("loading", model=label, content=content)
-        model = await loader.run(_loaded, bundle)
-        started = time.perf_counter()
+        model = await loader.run(load, bundle)
         loader.close()
         self._pool.shutdown()  # it has nothing to do
         self._pool = ThreadPoolExecutor()
@@ -257,9 +256,9 @@ class Line:
             )
         found = await self._tried(model, label)
         self._channel.send_now("loaded")
-        return Checked(model, found["parity"], {**model.report.seconds, "check": time.perf_counter() - started})
+        return settled(model, found)
 
-    async def _tried(self, model: Model, label: str) -> dict[str, Any]:
+    async def _tried(self, model: Model, label: str) -> Gate:
         """Try a model in a child process; return what it found. Raises the `BundleError` that says why it cannot serve."""
         reading, writing = os.pipe()
         sys.stdout.flush()
@@ -267,7 +266,7 @@ class Line:
         if pid == 0:
             self._channel.close()
             os.close(reading)
-            _be_gate(model, label, writing)
+            _be_gate(model, writing)
         os.close(writing)
         timed_out = False
         try:
@@ -294,7 +293,7 @@ class Line:
         for name in found["modules"]:  # what it needed to predict, every worker will: here they share it
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
-        return found
+        return Gate.model_validate(found["gate"])
 
     def _end_tainted(self, why: str) -> NoReturn:
         logger.error("cannot fork", extra={"fields": {"reason": why}})
@@ -498,30 +497,15 @@ def _served(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _loaded(bundle: Bundle) -> Model:
-    """Load a bundle and compute nothing. Raises the `BundleError` that says why it cannot serve, or what the storage raises."""
-    try:
-        return Model.from_bundle(bundle)
-    except (BundleError, StorageError):
-        raise
-    except BaseException as error:  # a model's own code runs here, and may raise even SystemExit
-        raise LoadFailed(f"{bundle.ref}: cannot be loaded: {reason(error)}") from error
-
-
-def _be_gate(model: Model, label: str, writing: int) -> NoReturn:
+def _be_gate(model: Model, writing: int) -> NoReturn:
     """Be the process that tries a model, and write what comes out as JSON."""
     end_with_parent()
     before = set(sys.modules)
     try:
         limit_native_threads()
-        found: dict[str, Any] = {"parity": model.check()}
-    except BundleError as error:
+        found: dict[str, Any] = {"gate": check(model).model_dump(mode="json")}
+    except DisklessError as error:
         found = {"error": type(error).__name__, "detail": str(error)}
-    except RequestError as error:  # refused or failed, as a request would
-        cause = reason(error.__cause__) if error.__cause__ else str(error)
-        found = {"error": "GoldenMismatch", "detail": f"{label}: the golden rows cannot be computed: {cause}"}
-    except BaseException as error:
-        found = {"error": "LoadFailed", "detail": f"{label}: cannot be loaded: {reason(error)}"}
     found["modules"] = sorted(set(sys.modules) - before)
     body = json.dumps(found).encode()
     while body:

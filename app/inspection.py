@@ -215,13 +215,13 @@ def _delegates(estimator: Any) -> list[Any] | None:
     return [item for item in found if item is not None and not isinstance(item, str)] or None
 
 
-def _entries(estimator: Any) -> list[Any]:
+def entries(estimator: Any) -> list[Any]:
     """Return the estimators that look at the input first, however deep in pipelines, searches and ensembles they are."""
     steps = _steps(estimator)
     if not steps:
         return []
     delegates = _delegates(steps[0])
-    return [steps[0]] if delegates is None else [deep for inner in delegates for deep in _entries(inner)]
+    return [steps[0]] if delegates is None else [deep for inner in delegates for deep in entries(inner)]
 
 
 def _tags(estimator: Any) -> Any:
@@ -235,7 +235,7 @@ def _tags(estimator: Any) -> Any:
 
 def _item_layout(entry: Any) -> Literal["text", "records"] | None:
     """Return `text` or `records` for an estimator that is handed items instead of a table, else None."""
-    for estimator in _entries(entry):
+    for estimator in entries(entry):
         layout = _own_item_layout(estimator)
         if layout is not None:
             return layout
@@ -340,7 +340,7 @@ def _is_of_numeric_objects(spec: TensorSpec) -> bool:
 
 
 def _feature_names(entry: Any) -> list[str] | None:
-    for estimator in (entry, *_entries(entry)):
+    for estimator in (entry, *entries(entry)):
         names = _attribute(estimator, "feature_names_in_")
         if names is not None:
             return [str(name) for name in names]
@@ -350,7 +350,7 @@ def _feature_names(entry: Any) -> list[str] | None:
 
 
 def _width(entry: Any) -> int | None:
-    for estimator in (entry, *_entries(entry)):
+    for estimator in (entry, *entries(entry)):
         width = _attribute(estimator, "n_features_in_")
         if width is not None:
             return int(width)

@@ -51,7 +51,7 @@ def load(
     if loader is None:
         raise LoadFailed(f"{label}: format {format!r} is not one of {', '.join(LOADERS)}")
     buffered = io.BufferedReader(stream, STREAM_BUFFER_BYTES)
-    with _listening() as heard:
+    with listening() as heard:
         try:
             if not buffered.peek(1):
                 raise LoadFailed("is empty")
@@ -104,7 +104,7 @@ _thread = threading.local()  # .heard: what the libraries have warned of in this
 
 
 @contextmanager
-def _listening() -> Iterator[list[Warning | str]]:
+def listening() -> Iterator[list[Warning | str]]:
     """Collect the warnings of this thread. `warnings.catch_warnings` would change what happens to those of all threads."""
     from sklearn.exceptions import InconsistentVersionWarning
 

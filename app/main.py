@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
@@ -54,12 +54,13 @@ async def no_lifespan(_: FastAPI) -> AsyncIterator[None]:
     yield
 
 
-def runner_maker(settings: Settings) -> Callable[[Model], Runner]:
-    """Return what makes a model's runner."""
+def runner_maker(settings: Settings) -> Callable[[Model, Mapping[int, float] | None], Runner]:
+    """Return what makes a model's runner, of the model and what its batches were measured to cost."""
 
-    def make_runner(model: Model) -> Runner:
+    def make_runner(model: Model, costs: Mapping[int, float] | None) -> Runner:
         return Runner(
             model,
+            costs=costs,
             max_batch_rows=settings.max_batch_rows,
             max_queue=settings.max_queue,
             timeout_seconds=settings.predict_timeout_seconds,

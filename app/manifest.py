@@ -6,6 +6,8 @@ The format is described in docs/bundle-format.md; `FORMAT` is its number. Old fo
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +21,9 @@ FORMAT = 1
 CHUNK_BYTES = 4 * 1024 * 1024
 MIN_CHUNK_BYTES = 4096
 MAX_MANIFEST_BYTES = 8 << 20  # golden rows of 512 KiB, a hundred thousand columns, the digests of 400 GB
+
+COMPILED = "compiled"  # the role of the compiled form
+PROGRAM_FORMAT = "safetensors"  # of its artifact
 
 _Word = Annotated[str, Field(max_length=100)]  # what comes back in messages
 _Digest = Annotated[str, Field(max_length=64)]
@@ -58,6 +63,59 @@ class Golden(BaseModel):
     outputs: dict[str, list[Any]]
 
 
+class Speeds(BaseModel):
+    """Microseconds per row, by how many rows are computed at once: of scikit-learn, and of the compiled form."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reference: dict[int, float] = Field(default_factory=dict)
+    compiled: dict[int, float] = Field(default_factory=dict)
+
+
+class Compiled(BaseModel):
+    """What is known of a compiled form: what it covers, how it was proved, what it costs."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int = Field(description="of the program in the artifact of role `compiled`")
+    methods: tuple[_Word, ...]
+    operations: tuple[_Word, ...] = Field(default=(), description="kinds of operations that it is made of")
+    parity: float = Field(ge=0, description="largest relative difference from scikit-learn that was found")
+    rows: int = Field(ge=0, description="rows that were compared")
+    reason: str | None = Field(default=None, description="why methods are missing")
+    microseconds_per_row: Speeds = Field(default_factory=Speeds)
+    resident_bytes: int | None = Field(default=None, ge=0, description="what loading it takes, afterwards")
+    peak_bytes: int | None = Field(default=None, ge=0, description="what loading it takes, at its worst moment")
+    compiled_with: dict[_Word, _Word] = Field(default_factory=dict, description="versions of the libraries")
+
+    @property
+    def memory(self) -> Taken | None:
+        """What loading it was measured to take; None where nothing was measured."""
+        if self.resident_bytes is None or self.peak_bytes is None:
+            return None
+        return Taken(self.resident_bytes, max(self.resident_bytes, self.peak_bytes))
+
+    def faster_from(self) -> list[tuple[int, bool]]:
+        """Return from how many rows on the compiled form is faster, or is not: the first pair is for one row.
+
+        Between two sizes that were measured, the change is where straight lines through the logarithms cross.
+        """
+        both = self.microseconds_per_row
+        sizes = sorted(size for size in both.reference.keys() & both.compiled.keys() if size > 0)
+        gains = [
+            (math.log(size), math.log(max(both.reference[size], 1e-9) / max(both.compiled[size], 1e-9)))
+            for size in sizes
+        ]
+        if not gains:
+            return [(1, True)]
+        found = [(1, gains[0][1] >= 0)]
+        for (left, before), (right, after) in itertools.pairwise(gains):
+            if (before >= 0) != (after >= 0):
+                crossing = left + (right - left) * before / (before - after)
+                found.append((math.ceil(math.exp(crossing)), after >= 0))
+        return found
+
+
 class Manifest(BaseModel):
     """One version of a model as it is stored. Fields that a later release adds are kept out of the way, not refused."""
 
@@ -73,6 +131,15 @@ class Manifest(BaseModel):
     trained_with: dict[_Word, _Word] = Field(default_factory=dict, description="versions of Python and the libraries")
     resident_bytes: int | None = Field(default=None, ge=0, description="what loading takes, afterwards")
     peak_bytes: int | None = Field(default=None, ge=0, description="what loading takes, at its worst moment")
+    compiled: Compiled | None = None
+    not_compiled: str | None = Field(default=None, description="why there is no compiled form")
+
+    @property
+    def program(self) -> Artifact | None:
+        """The artifact of the compiled form; None where there is none, or nothing is said of it."""
+        if self.compiled is None:
+            return None
+        return next((artifact for artifact in self.artifacts if artifact.role == COMPILED), None)
 
     @property
     def memory(self) -> Taken | None:

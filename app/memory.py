@@ -260,6 +260,7 @@ _FACTORS: Mapping[str, tuple[float, float]] = {
     "joblib, lz4": (6.0, 7.2),  # not measured: it packs less than zlib
     "pickle": (1.1, 1.4),
     "pickle, protocol 2": (1.0, 2.0),
+    "safetensors": (1.1, 1.2),  # compiled forms, but for what an engine makes of them
     "skops": (1.1, 2.2),
     "skops, deflated": (6.0, 12.5),
 }
@@ -275,6 +276,7 @@ _COMPRESSORS = {
 _FALLBACK = "joblib, zlib"  # for a format that is not known here
 
 LIBRARIES_BYTES = 150 * MB  # of scikit-learn, scipy, pandas and what they import, before the first model needs them
+ENGINE_BYTES = 40 * MB  # of onnxruntime, which a compiled form may need
 # Chunks in flight, buffers, what requests and golden rows need meanwhile. More than what a load is stopped at.
 OVERHEAD_BYTES = 56 * MB
 MIN_LEARNT_BYTES = 16 * MB  # of anything smaller, the heap's own coming and going is too large a part
@@ -315,8 +317,13 @@ class Estimator:
     def __init__(self) -> None:
         self._ratios: dict[str, deque[tuple[float, float]]] = {}
 
-    def estimate(self, parts: Sequence[Stored], recorded: Taken | None = None) -> Estimate:
-        """Return what loading the parts of a version will take; `recorded` is what its publisher measured."""
+    def estimate(
+        self, parts: Sequence[Stored], recorded: Taken | None = None, *, needs_sklearn: bool = True
+    ) -> Estimate:
+        """Return what loading the parts of a version will take; `recorded` is what its publisher measured.
+
+        A compiled form does not need scikit-learn and what that imports, which is in the estimate where it is not there yet.
+        """
         if recorded is not None:
             # Whoever can write a manifest can write anything into it, but bytes that are read are not less than they are.
             stored = sum(part.size for part in parts)
@@ -330,8 +337,9 @@ class Estimator:
                 staying += int(part.size * resident)
             expected = Taken(staying, worst)
         resident, peak = self.correction(kind)
-        libraries = "sklearn" not in sys.modules
-        extra = LIBRARIES_BYTES if libraries else 0
+        needed = "sklearn" if needs_sklearn else "onnxruntime"
+        libraries = needed not in sys.modules
+        extra = (LIBRARIES_BYTES if needs_sklearn else ENGINE_BYTES) if libraries else 0
         after = int(expected.resident_bytes * resident) + extra
         highest = max(int(expected.peak_bytes * peak) + extra, after) + OVERHEAD_BYTES
         return Estimate(after, highest, kind, expected, libraries)

@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import getpass
 import hashlib
+import logging
 import random
 import socket
 import threading
-import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
+from app import gate as gates
 from app import publishing, versions
 from app.bundle import Bundle, Part
+from app.compiled import program as programs
 from app.errors import (
     ArtifactMissing,
     BundleError,
@@ -43,10 +46,11 @@ from app.errors import (
     UnusableKey,
     UnusableModel,
     VersionExists,
+    VersionMismatch,
 )
 from app.index import MAX_INDEX_BYTES, Index, ModelEntry, Move, Removal, VersionEntry, signed
 from app.loaders import LOADERS, reason
-from app.manifest import MAX_MANIFEST_BYTES, Artifact, Manifest
+from app.manifest import COMPILED, MAX_MANIFEST_BYTES, PROGRAM_FORMAT, Artifact, Compiled, Manifest
 from app.memory import HEAD_BYTES, MEASURED_FROM_BYTES
 from app.model import Model
 from app.names import COMPANION_ROLES, NAME, SUFFIXES, ModelRef, check_name
@@ -55,6 +59,10 @@ from app.seal import seal as make_seal
 from app.settings import Mode, Settings, load_settings
 from app.storage.base import ObjectInfo, Storage
 from app.trust import Trust
+
+logger = logging.getLogger("diskless.models")
+Runtime = Literal["auto", "sklearn", "compiled", "every"]
+"""What of a version is loaded: what serves, scikit-learn only, the compiled form only, or all that there is (to verify it)."""
 
 PRODUCTION = "production"
 SEAL = "manifest.seal"
@@ -109,11 +117,21 @@ class Catalogue:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A model that may serve: how far its golden rows were off (None without any), and the seconds of each phase."""
+    """A model that may serve, what its gate found, and the seconds of each phase."""
 
     model: Model
-    parity: float | None
+    gate: gates.Gate
     seconds: Mapping[str, float]
+
+    @property
+    def parity(self) -> float | None:
+        """How far its golden rows were off; None without any."""
+        return self.gate.parity
+
+    @property
+    def costs(self) -> Mapping[int, float] | None:
+        """Seconds per batch of the default method, by its number of rows; None where it could not be measured."""
+        return self.gate.costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,20 +186,40 @@ def load_checked(bundle: Bundle, *, before_check: Callable[[], None] | None = No
 
     Raises the `BundleError` that says why it cannot serve, or what the storage raises; nothing else.
     """
+    model = load(bundle)
+    if before_check is not None:
+        before_check()
+    return settled(model, check(model))
+
+
+def load(bundle: Bundle) -> Model:
+    """Load a bundle, and predict nothing. It blocks, and raises as `load_checked` does."""
+    with _told(bundle.ref):
+        return Model.from_bundle(bundle)
+
+
+def check(model: Model) -> gates.Gate:
+    """Run the gate of a loaded model: its golden rows, the proof of its candidate, its costs. It raises as `load_checked` does."""
+    with _told(model.ref):
+        return gates.gate(model)
+
+
+def settled(model: Model, found: gates.Gate) -> Checked:
+    """Put together what `load` and `check` gave, the second perhaps in another process. Predicts nothing."""
+    return Checked(gates.settle(model, found), found, {**model.report.seconds, "check": found.seconds})
+
+
+@contextmanager
+def _told(ref: ModelRef) -> Iterator[None]:
     try:
-        model = Model.from_bundle(bundle)
-        started = time.perf_counter()
-        if before_check is not None:
-            before_check()
-        parity = model.check()
+        yield
     except (BundleError, StorageError):
         raise
     except RequestError as error:  # refused or failed, as a request would
         cause = reason(error.__cause__) if error.__cause__ else str(error)
-        raise GoldenMismatch(f"{bundle.ref}: the golden rows cannot be computed: {cause}") from error
+        raise GoldenMismatch(f"{ref}: the golden rows cannot be computed: {cause}") from error
     except BaseException as error:  # a model's own code runs here, and may raise even SystemExit
-        raise LoadFailed(f"{bundle.ref}: cannot be loaded: {reason(error)}") from error
-    return Checked(model, parity, {**model.report.seconds, "check": time.perf_counter() - started})
+        raise LoadFailed(f"{ref}: cannot be loaded: {reason(error)}") from error
 
 
 class ModelStorageManager:
@@ -200,8 +238,10 @@ class ModelStorageManager:
         companions: Mapping[str, tuple[str, ...]] | None = None,
         aliases: tuple[str, ...] = (PRODUCTION,),
         trust: Trust | None = None,
+        runtime: Runtime = "auto",
     ) -> None:
         self.storage = storage
+        self.runtime = runtime
         self.trust = trust or Trust()
         self.prefix = prefix
         self._bare_models = bare_models
@@ -224,6 +264,7 @@ class ModelStorageManager:
             companions=settings.companions,
             aliases=settings.aliases,
             trust=settings.trust,
+            runtime=settings.runtime,
         )
 
     @classmethod
@@ -361,8 +402,11 @@ class ModelStorageManager:
 
     # Fetching
 
-    async def fetch(self, wanted: Wanted) -> Bundle:
+    async def fetch(self, wanted: Wanted, *, runtime: Runtime | None = None, unreadable: str | None = None) -> Bundle:
         """Find everything that a version needs and return it, ready to be read.
+
+        `runtime` is what shall compute, as the manager was told unless given; `unreadable` is why its compiled form cannot be read,
+        where that was found out: then it is passed over. Parts that will not be read are not looked for.
 
         What a version says of itself is believed in this order: that it is the one in the index (its digest), that somebody
         who is trusted says so (its seal), that it was made for these libraries (its versions), and then what it consists of.
@@ -371,10 +415,13 @@ class ModelStorageManager:
         if wanted.problem is not None:
             raise wanted.problem
         loop = asyncio.get_running_loop()
+        runtime = runtime or self.runtime
         if wanted.bare:
             self.trust.allow_bare(wanted.ref)
+            if runtime == "compiled":
+                raise UnusableModel(f"{wanted.ref}: is a bare model, and ML_RUNTIME is compiled: publish it{_OR_ELSE}")
             parts = await asyncio.gather(*(self._with_head(wanted.ref, part) for part in wanted.parts))
-            return Bundle(wanted.ref, tuple(parts), self.storage, loop, trust=self.trust)
+            return Bundle(wanted.ref, tuple(parts), self.storage, loop, trust=self.trust, compiles=runtime == "auto")
         ref = wanted.ref
         body, seal = await self._manifest_and_seal(ref)
         found = hashlib.sha256(body).hexdigest()
@@ -382,15 +429,35 @@ class ModelStorageManager:
             raise DigestMismatch(f"{ref} manifest.json: sha256 is {found}, the index says {wanted.manifest_sha256:.64}")
         sealed_by = self.trust.sealed_by(body, seal, str(ref)) if self.trust.looks_at_seals else None
         manifest = await _decoded(body, lambda: Manifest.decode(body, ref))
-        warnings = versions.check(manifest.trained_with, str(ref), policy=self.trust.version_policy)
-        order = (*COMPANION_ROLES, "model")
+        form = _form(manifest, runtime, unreadable)
+        warnings: tuple[str, ...] = ()
+        if form.reference:
+            try:
+                warnings = versions.check(manifest.trained_with, str(ref), policy=self.trust.version_policy)
+            except VersionMismatch:
+                if not form.is_complete:
+                    raise
+                form = replace(
+                    form, reference=False
+                )  # what would serve does without scikit-learn, whatever its version
+        order = (*((*COMPANION_ROLES, "model") if form.reference else ()), *((COMPILED,) if form.compiled else ()))
         served = [artifact for artifact in manifest.artifacts if artifact.role in order]
         served.sort(key=lambda artifact: order.index(artifact.role))
         parts = await asyncio.gather(*(self._part(ref, artifact) for artifact in served))
-        if manifest.memory is None:
+        if form.reference and manifest.memory is None:
             parts = await asyncio.gather(*(self._with_head(ref, part) for part in parts))
         return Bundle(
-            ref, tuple(parts), self.storage, loop, manifest, found, self.trust, sealed_by=sealed_by, warnings=warnings
+            ref,
+            tuple(parts),
+            self.storage,
+            loop,
+            manifest,
+            found,
+            self.trust,
+            sealed_by=sealed_by,
+            warnings=warnings,
+            compiles=form.compiles,
+            not_compiled=form.reason,
         )
 
     async def _manifest_and_seal(self, ref: ModelRef) -> tuple[bytes, bytes | None]:
@@ -425,7 +492,7 @@ class ModelStorageManager:
         return body
 
     async def _part(self, ref: ModelRef, artifact: Artifact) -> Part:
-        if artifact.format not in LOADERS:
+        if artifact.format not in LOADERS and artifact.role != COMPILED:
             raise InvalidManifest(f"{ref} {artifact.path}: format {artifact.format!r} is not one this release can read")
         if self.trust.require_seal and artifact.size and not artifact.chunks:
             raise InvalidManifest(
@@ -553,9 +620,7 @@ class ModelStorageManager:
                 raise
             body = await self._manifest_bytes(manifest.ref)
             stored = Manifest.decode(body, manifest.ref)
-            # when it was made, and what loading it took, come out differently each time
-            measured = {name: getattr(manifest, name) for name in ("created", "resident_bytes", "peak_bytes")}
-            if stored.model_copy(update=measured) != manifest:
+            if _unmeasured(stored) != _unmeasured(manifest):
                 raise
             manifest = stored
         return VersionEntry(created=manifest.created, manifest_sha256=hashlib.sha256(body).hexdigest()), body
@@ -708,8 +773,11 @@ class ModelStorageManager:
         format: str = "joblib",
         extra_columns_ignored: bool = False,
         seal_key: PrivateKey | str | None = None,
+        compile: bool = True,
     ) -> ModelRef:
         """Publish a fitted estimator as the next version of `name` (or as `version`) and return its reference.
+
+        It is compiled as well, where that gives the same answers, unless `compile` is False.
 
         `examples` (a DataFrame or an array of rows that the model takes) become the golden rows and tell the dtypes. The
         first version of a name goes to production, later ones with `promote`. `seal_key` is a private key, or its text
@@ -723,22 +791,26 @@ class ModelStorageManager:
             for role, value in objects.items()
             if value is not None
         }
-        draft = publishing.draft(parts, examples, extra_columns_ignored=extra_columns_ignored, trust=self.trust)
+        draft = publishing.draft(
+            parts, examples, extra_columns_ignored=extra_columns_ignored, trust=self.trust, compile=compile
+        )
 
         async def work() -> ModelRef:
             ref, _ = await self.publish(name, draft, version=version, promote=promote, seal_key=key)
+            if draft.summary:
+                logger.info("%s: %s", ref, draft.summary)
             return ref
 
         return self._run(work)
 
     def load(self, name: str, version: str | None = None, *, alias: str = PRODUCTION) -> Model:
-        """Return a version, loaded and checked against its golden rows; its fitted object is `.estimator`.
+        """Return a version, loaded by scikit-learn and checked against its golden rows; its fitted object is `.estimator`.
 
         Raises `UnusableModel` when there is none, `BundleError` when it cannot be served, `StorageError`.
         """
 
         async def work() -> Model:
-            with await self.fetch(await self.wanted(name, version, alias)) as bundle:
+            with await self.fetch(await self.wanted(name, version, alias), runtime="sklearn") as bundle:
                 return (await asyncio.to_thread(load_checked, bundle)).model
 
         return self._run(work)
@@ -772,6 +844,60 @@ class ModelStorageManager:
 
     def _key(self, ref: ModelRef, path: str) -> str:
         return f"{self.prefix}{ref.name}/{ref.version}/{path}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What of a version is read: the fitted objects, its compiled form (`is_complete`: of all methods), or both.
+
+    `reason` is why not all is compiled; `compiles`: that may be done while it is loaded.
+    """
+
+    reference: bool
+    compiled: bool
+    is_complete: bool
+    reason: str | None
+    compiles: bool
+
+
+_OR_ELSE = " again, or set ML_RUNTIME=auto"
+
+
+def _form(manifest: Manifest, runtime: Runtime, unreadable: str | None) -> _Form:
+    """Decide what of a version is read. Raises `UnusableModel` where only what is compiled may serve, and not all of it is."""
+    block, artifact = manifest.compiled, manifest.program
+    reason = unreadable
+    if block is None or artifact is None:
+        reason = manifest.not_compiled or "it was published without a compiled form"
+    elif reason is None:
+        reason = _foreign(block, artifact)
+    usable = block is not None and reason is None
+    lacking = [method for method in manifest.signature.methods if block is None or method not in block.methods]
+    if usable and lacking:
+        reason = (block.reason if block else None) or f"its {', '.join(lacking)} has no compiled form"
+    is_complete = usable and not lacking
+    if runtime == "compiled" and not is_complete:
+        raise UnusableModel(f"{manifest.ref}: ML_RUNTIME is compiled, and {reason}: publish it{_OR_ELSE}")
+    if runtime == "sklearn":
+        return _Form(True, False, False, "only scikit-learn was asked for", False)
+    compiles = runtime == "auto" and block is None and manifest.not_compiled is None
+    return _Form(runtime == "every" or not is_complete, usable, is_complete, reason, compiles)
+
+
+def _foreign(block: Compiled, artifact: Artifact) -> str | None:
+    """Return why this release cannot read a compiled form, as far as the manifest tells."""
+    if block.format > programs.FORMAT or artifact.format != PROGRAM_FORMAT:
+        return f"its compiled form has format {block.format} in {artifact.format}, this release reads {programs.FORMAT}"
+    if unknown := programs.unknown(block.operations):
+        return f"its compiled form has operations that this release does not know: {', '.join(unknown):.100}"
+    return None
+
+
+def _unmeasured(manifest: Manifest) -> Manifest:
+    """Return a manifest without what comes out differently each time: when it was made, what it takes, how it was compiled."""
+    kept = tuple(artifact for artifact in manifest.artifacts if artifact.role != COMPILED)
+    measured = ("resident_bytes", "peak_bytes", "compiled", "not_compiled")
+    return manifest.model_copy(update={"created": "", "artifacts": kept, **dict.fromkeys(measured)})
 
 
 def _is_confirmed(bare: Wanted, previous: Catalogue | None) -> bool:

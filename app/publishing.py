@@ -6,9 +6,11 @@ the very bytes that will be stored, and its examples go through the same validat
 
 from __future__ import annotations
 
+import hashlib
 import io
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import orjson
 
 from app import inspection, loaders, memory, versions
 from app.errors import GoldenMismatch, PublishError, RequestError, UnusableExamples
-from app.manifest import Artifact, Golden, Manifest
+from app.manifest import COMPILED, PROGRAM_FORMAT, Artifact, Compiled, Golden, Manifest
 from app.measuring import measure
 from app.memory import MEASURED_FROM_BYTES, Taken
 from app.model import Model, compare, holds_own_code, wire
@@ -24,6 +26,8 @@ from app.names import COMPANION_ROLES, SUFFIXES, ModelRef
 from app.signature import Datatype, Signature, TensorSpec
 from app.trust import Trust
 
+NOT_ASKED_FOR = "it was published without a compiled form, as was asked for"
+KNOWN_ROWS = 1000  # examples that a compiled form is compared on, beside those that are drawn around them
 GOLDEN_ROWS = 100
 ROWS_ALONE = 10  # of them are run one by one as well
 GOLDEN_BYTES = 256 * 1024
@@ -41,19 +45,31 @@ class DraftPart:
 
     @property
     def path(self) -> str:
-        """Where it will lie beside the manifest."""
+        """Where it will lie beside the manifest.
+
+        A compiled form is called by its digest: which form was fastest may come out otherwise when a publish is repeated, and
+        what lies there already is never overwritten.
+        """
+        if self.role == COMPILED:
+            return f"{COMPILED}/{hashlib.sha256(self.body).hexdigest()[:16]}.{self.format}"
         return f"{self.role}{ENDINGS[self.format]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A version that is ready to be stored, but for its name and label. Companions come first, the model last."""
+    """A version that is ready to be stored, but for its name and label. Companions come first, the model last.
+
+    `compiled` is what is known of its compiled form, which is the first part; `not_compiled` is why it has none.
+    """
 
     parts: tuple[DraftPart, ...]
     signature: Signature
     golden: Golden | None
     trained_with: dict[str, str]
     taken: Taken | None = None
+    compiled: Compiled | None = None
+    not_compiled: str | None = None
+    summary: str = ""
 
     def manifest(self, ref: ModelRef, created: str) -> Manifest:
         """Return the manifest of this draft as `ref`."""
@@ -71,6 +87,8 @@ class Draft:
             trained_with=self.trained_with,
             resident_bytes=self.taken.resident_bytes if self.taken else None,
             peak_bytes=self.taken.peak_bytes if self.taken else None,
+            compiled=self.compiled,
+            not_compiled=self.not_compiled,
         )
 
 
@@ -125,8 +143,11 @@ def draft(
     *,
     extra_columns_ignored: bool = False,
     trust: Trust | None = None,
+    compile: bool = False,
 ) -> Draft:
     """Load the parts, infer the signature, run the examples, and measure the memory that loading takes.
+
+    With `compile`, a compiled form is made and proved; that there is none, for whatever reason, is no error.
 
     `parts` is by role and has at least `model`; `trust` is what the service will trust, too.
 
@@ -152,7 +173,27 @@ def draft(
         rowwise = _is_rowwise(model, golden) if len(golden.instances) > 1 else rowwise
         signature = signature.model_copy(update={"outputs": outputs})
     signature = signature.model_copy(update={"rowwise": rowwise})
-    return Draft(ordered, signature, golden, trained_with, _measured(ordered, trust))
+    plain = Draft(ordered, signature, golden, trained_with, _measured(ordered, trust), not_compiled=NOT_ASKED_FOR)
+    if not compile:
+        return plain
+    known = inspection.instances_of(examples[:KNOWN_ROWS], signature) if examples is not None else []
+    return _compiled(plain, Model(ModelRef("draft", "0"), signature, estimator, companions, golden=golden), known)
+
+
+def _compiled(plain: Draft, model: Model, known: Sequence[Any]) -> Draft:
+    """Return a draft with a compiled form, or with the reason why it has none."""
+    from threadpoolctl import threadpool_limits
+
+    from app.compiler import planner
+
+    # The warnings are of rows that nobody will send; and a service computes with one thread.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")
+        plan = planner.plan(model, known, taken=plain.taken)
+    parts = plain.parts
+    if plan.body is not None:
+        parts = (DraftPart(COMPILED, PROGRAM_FORMAT, plan.body), *parts)
+    return replace(plain, parts=parts, compiled=plan.compiled, not_compiled=plan.reason, summary=plan.summary)
 
 
 def _measured(parts: tuple[DraftPart, ...], trust: Trust) -> Taken | None:

@@ -22,7 +22,15 @@ from typing import Any, Literal
 
 from app import memory
 from app.bundle import Bundle
-from app.errors import ArtifactMissing, BundleError, CompanionFailed, DisklessError, NoRoom, StorageError
+from app.errors import (
+    ArtifactMissing,
+    BundleError,
+    CompanionFailed,
+    CompiledUnreadable,
+    DisklessError,
+    NoRoom,
+    StorageError,
+)
 from app.loaders import reason
 from app.memory import trim_heap
 from app.model import Model
@@ -98,7 +106,7 @@ class Refresher:
         self,
         manager: ModelStorageManager,
         registry: Registry,
-        make_runner: Callable[[Model], Runner],
+        make_runner: Callable[[Model, Mapping[int, float] | None], Runner],
         *,
         refresh_seconds: float = 60.0,
         confirm_seconds: float = 10.0,
@@ -299,22 +307,35 @@ class Refresher:
         failure = self._failures.get(wanted.ref)
         return failure is not None and failure.content == wanted.content and time.monotonic() < failure.retry_at
 
-    async def _load(self, wanted: Wanted, catalogue: Catalogue, *, may_drop: bool = True) -> Slot | DisklessError:
-        """Load one version; return the slot that serves it, or why it cannot be served."""
+    async def _load(
+        self, wanted: Wanted, catalogue: Catalogue, *, may_drop: bool = True, unreadable: str | None = None
+    ) -> Slot | DisklessError:
+        """Load one version; return the slot that serves it, or why it cannot be served.
+
+        Where only its compiled form is not one that this release can read (then that is `unreadable`), scikit-learn serves it.
+        """
         ref, started = wanted.ref, time.perf_counter()
         try:
-            with await self._manager.fetch(wanted) as bundle:
+            with await self._manager.fetch(wanted, unreadable=unreadable) as bundle:
                 found = time.perf_counter()
                 await self._finish_retiring()  # what is on its way out needs no room any more
-                estimate = self._estimator.estimate(bundle.stored, bundle.manifest.memory if bundle.manifest else None)
+                estimate = self._estimator.estimate(bundle.stored, bundle.recorded, needs_sklearn=bundle.needs_sklearn)
                 room = await self._make_room(wanted, estimate, catalogue, may_drop=may_drop)
                 try:
                     checked = await self._load_bundle(self._loader, bundle)
                 except NoRoom:  # it takes more than was expected: more than there was
                     self._least[ref] = _Least(wanted.content, room.free_bytes + memory.LOOK_EVERY_BYTES if room else 0)
                     raise
-        except (BundleError, StorageError) as error:
+        except CompiledUnreadable as error:
             failure: DisklessError = error
+            if unreadable is None:
+                told = str(error)
+                logger.warning(
+                    "its compiled form cannot be read", extra={"fields": {"model": str(ref), "reason": told}}
+                )
+                return await self._load(wanted, catalogue, may_drop=may_drop, unreadable=told)
+        except (BundleError, StorageError) as error:
+            failure = error
         except Exception as error:
             logger.exception("loading failed", extra={"fields": {"model": str(ref)}})
             failure = BundleError(f"{ref}: {reason(error)}")
@@ -331,11 +352,12 @@ class Refresher:
             return Slot(
                 ref,
                 State.READY,
-                runner=self._make_runner(model),
+                runner=self._make_runner(model, checked.costs),
                 bare=wanted.bare,
                 content=wanted.content,
                 parity=checked.parity,
                 seconds=seconds,
+                costs=checked.costs,
                 held_bytes=estimate.expected.resident_bytes,
             )
         _forget_frames(failure)
@@ -413,7 +435,7 @@ class Refresher:
         self._replace(name, Entry(slots, serving), catalogue)
         if await self._finish_retiring() & {slot.ref for slot in superseded}:
             again = {
-                slot.ref.version: replace(slot, runner=self._make_runner(slot.runner.model))
+                slot.ref.version: replace(slot, runner=self._make_runner(slot.runner.model, slot.costs))
                 for slot in superseded
                 if slot.runner is not None
             }

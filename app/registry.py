@@ -30,7 +30,7 @@ class Slot:
 
     `reason` is for whoever runs the service; `hint` says the same to callers, without places and paths. `content` is
     what the bucket wanted under this version when it was loaded, `seconds` is what each phase of that took; `held_bytes` is about
-    how much memory would be free without it.
+    how much memory would be free without it; `costs` are seconds per batch of the default method, by its number of rows.
     """
 
     ref: ModelRef
@@ -43,6 +43,7 @@ class Slot:
     parity: float | None = None
     held_bytes: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    costs: Mapping[int, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

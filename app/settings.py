@@ -243,6 +243,13 @@ class Settings(BaseSettings):
         description="for models of another minor version of scikit-learn or numpy than is here",
     )
 
+    # What computes
+    runtime: Literal["auto", "sklearn", "compiled"] = _env(
+        "ML_RUNTIME",
+        default="auto",
+        description="what computes: `auto`: the compiled form, and scikit-learn where it is needed; or one of the two only",
+    )
+
     # Memory
     memory_limit_bytes: int | None = _env(
         "ML_MEMORY_LIMIT_BYTES",
@@ -309,7 +316,7 @@ class Settings(BaseSettings):
         assert isinstance(dotenv_settings, EnvSettingsSource)
         return init_settings, _Variables(settings_cls, {**dotenv_settings.env_vars, **env_settings.env_vars})
 
-    @field_validator("jurisdiction", "log_level", "version_policy", "swap_policy", mode="before")
+    @field_validator("jurisdiction", "log_level", "version_policy", "runtime", "swap_policy", mode="before")
     @classmethod
     def _in_any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value

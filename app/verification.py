@@ -17,7 +17,7 @@ class Verdict:
     """What was found of one version (or of the index); `problem` is None when it would serve.
 
     `kind` is the name of the problem's class in `app.errors`, where it has one. `unread`: the storage failed, which says
-    nothing of the version.
+    nothing of the version. `runtime` is what was loaded and ran the golden rows: `sklearn`, `compiled` or both.
     """
 
     ref: str
@@ -27,6 +27,7 @@ class Verdict:
     bare: bool = False
     kind: str | None = None
     unread: bool = False
+    runtime: str | None = None
 
 
 async def verify(manager: ModelStorageManager, names: Sequence[str] = ()) -> AsyncIterator[Verdict]:
@@ -57,11 +58,18 @@ async def verify(manager: ModelStorageManager, names: Sequence[str] = ()) -> Asy
 
 async def _verdict(manager: ModelStorageManager, wanted: Wanted) -> Verdict:
     try:
-        with await manager.fetch(wanted) as bundle:
+        with await manager.fetch(wanted, runtime="every") as bundle:
             checked = await asyncio.to_thread(load_checked, bundle)
     except (BundleError, StorageError) as error:  # one version must not keep the others from being looked at
         unread = isinstance(error, StorageError)
         return Verdict(str(wanted.ref), str(error), bare=wanted.bare, kind=type(error).__name__, unread=unread)
     golden = checked.model.golden
     rows = len(golden.instances) if golden else 0
-    return Verdict(str(wanted.ref), None, golden_rows=rows, parity=checked.parity, bare=wanted.bare)
+    return Verdict(
+        str(wanted.ref),
+        None,
+        golden_rows=rows,
+        parity=checked.parity,
+        bare=wanted.bare,
+        runtime=checked.model.runtime,
+    )

@@ -163,7 +163,7 @@ class Served:
 @asynccontextmanager
 async def serving(
     manager: ModelStorageManager, *, aliases: tuple[str, ...] = ("production",), required: tuple[str, ...] = (),
-    refresh_seconds: float = 3600.0, confirm_seconds: float = 10.0, make_runner: Callable[[Model], Runner] = Runner,
+    refresh_seconds: float = 3600.0, confirm_seconds: float = 10.0, make_runner: Callable[[Model, Any], Runner] = lambda model, costs: Runner(model),
     memory_limit_bytes: int | None = None, swap_policy: Literal["keep", "replace"] = "keep",
 ) -> AsyncIterator[Served]:  # fmt: skip
     """Serve what `manager` finds; nothing is looked at before `refresher.start` or `look_now`."""

@@ -154,22 +154,33 @@ def test_publishing_says_what_was_published_and_what_serves(run, run_here, files
     size = sum((files / name).stat().st_size for name in ("model.joblib", "scaler.joblib"))
     methods = "predict, predict_proba, predict_log_proba, decision_function"
     first = run("publish", "churn", *parts, "--examples", "rows.csv")
-    second = run_here("publish", "churn", *parts, "--examples", "rows.parquet")
+    second = run_here("publish", "churn", *parts, "--examples", "rows.parquet", "--no-compile")
     third = run_here("publish", "churn", *parts, "--examples", "rows.json", "--version", "spring", "--promote")
     again = run_here("publish", "churn", *parts, "--version", "1")
     verified = run("verify", "churn")
 
     told = f"{size:,} bytes, 4 golden rows, methods {methods}"
     assert (first.returncode, first.stderr) == (0, "")
-    assert first.stdout == f"published churn/1: {told}; in production\n"
+    assert first.stdout.splitlines()[0] == f"published churn/1: {told}; in production"
+    assert re.match(r"(not )?compiled[ :]", first.stdout.splitlines()[1])
     assert second.stdout == f"published churn/2: {told}; not in production: `promote churn 2` would put it there\n"
-    assert third.stdout == f"published churn/spring: {told}; in production\n"
+    assert third.stdout.splitlines()[0] == f"published churn/spring: {told}; in production"
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr.splitlines()[-1].startswith("error: churn/1 exists already")
     assert verified.returncode == 0
-    assert verified.stdout.splitlines() == [
+    assert [line.removesuffix(", compiled as well") for line in verified.stdout.splitlines()] == [
         f"ok     churn/{version}: loads, 4 golden rows come out" for version in ("1", "2", "spring")
     ]
+
+
+def test_publishing_as_json_tells_what_was_compiled_or_why_nothing_was(run_here):
+    words = ["publish", "sum", "--model", "sum.joblib", "--json"]
+    compiled = json.loads(run_here(*words).stdout)
+    plain = json.loads(run_here(*words, "--no-compile").stdout)
+
+    assert (compiled["compiled"] is None) == (compiled["not_compiled"] is not None)
+    assert plain["compiled"] is None
+    assert plain["not_compiled"] == "it was published without a compiled form, as was asked for"
 
 
 def test_publishing_without_examples_says_what_that_costs(run_here):
@@ -385,11 +396,13 @@ def test_with_json_a_result_is_one_document(run_here, files, tmp_path):
 
     size = (files / "sum.joblib").stat().st_size
     assert told("list") == {"models": []}
-    assert told("publish", "sum", "--model", "sum.joblib", "--examples", "sums.json") == {
+    assert told("publish", "sum", "--model", "sum.joblib", "--examples", "sums.json", "--no-compile") == {
         **{"name": "sum", "version": "1", "bytes": size, "golden_rows": 2, "methods": ["predict"]},
-        **{"production": True, "sealed_by": None},
+        **{"production": True, "sealed_by": None, "compiled": None},
+        "not_compiled": "it was published without a compiled form, as was asked for",
     }
-    assert told("publish", "sum", "--model", "sum.joblib", "--version", "b")["production"] is False
+    plain = told("publish", "sum", "--model", "sum.joblib", "--version", "b", "--no-compile")
+    assert plain["production"] is False
     moved = {"name": "sum", "alias": "production", "version": "b", "previous": "1"}
     assert told("promote", "sum", "b") == {**moved, "changed": True}
     assert told("promote", "sum", "b") == {**moved, "previous": "b", "changed": False}

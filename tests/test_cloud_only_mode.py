@@ -49,7 +49,7 @@ def published(s3, bucket, environment, monkeypatch, proxy):
     monkeypatch.setenv("R2_ACCESS_KEY_ID", s3.writer.access_key_id)
     monkeypatch.setenv("R2_SECRET_ACCESS_KEY", s3.writer.secret_access_key)
     manager = ModelStorageManager.from_env()
-    manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:5])
+    manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:5], compile=False)
     put(manager, "models/bare.joblib", dumped(linear(1)))
     proxy.seen.clear()
     return manager
@@ -212,7 +212,7 @@ async def test_without_credentials_a_directory_is_the_store(environment, tmp_pat
     settings = environment(credentials=False, ML_CLOUD_ONLY="false")
     assert settings.mode is Mode.LOCAL
     manager = ModelStorageManager.from_settings(settings)
-    manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:5])
+    manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:5], compile=False)
     (tmp_path / "local/models/bare.joblib").write_bytes(dumped(linear(1)))
 
     await answers(settings)
@@ -290,7 +290,7 @@ def test_cloud_only_serves_and_swaps_in_a_process_that_can_write_no_file(s3, buc
         answer = service.predict(model="fraud", instances=ROWS.tolist(), method="predict_proba")
         assert answer.json()["predictions"] == expected()
         assert service.predict(model="bare", instances=ONE).json()["predictions"] == pytest.approx([4])
-        published.save("fraud", linear(5), promote=True)
+        published.save("fraud", linear(5), promote=True, compile=False)
         put(published, "models/bare.joblib", dumped(linear(6)))
         outcome = service.client.post("/models/refresh").json()
         assert (len(outcome["loaded"]), len(outcome["retired"]), outcome["failed"]) == (2, 2, {})

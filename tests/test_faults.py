@@ -442,7 +442,9 @@ async def booting(storage: R2Storage, bucket: Bucket) -> AsyncIterator[Served]:
     prefix = bucket.manager.prefix
     manager = ModelStorageManager(storage, prefix=prefix, bare_models=bucket.bare, trust=trust)
     registry = Registry()
-    refresher = Refresher(manager, registry, Runner, refresh_seconds=0.01, confirm_seconds=0.01)
+    refresher = Refresher(
+        manager, registry, lambda model, costs: Runner(model), refresh_seconds=0.01, confirm_seconds=0.01
+    )
     try:
         yield Served(manager, registry, refresher)
     finally:

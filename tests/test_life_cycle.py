@@ -363,7 +363,7 @@ def interrupted(environment, proxy, method, containing, *words):
 
 def test_ctrl_c_in_the_middle_of_a_command_leaves_what_can_be_finished(s3, bucket, r2_arguments, tmp_path):
     joblib.dump(linear(1), tmp_path / "model.joblib")
-    publish = ["publish", "a", "--model", str(tmp_path / "model.joblib"), "--version"]
+    publish = ["publish", "a", "--model", str(tmp_path / "model.joblib"), "--no-compile", "--version"]
     manager = ModelStorageManager(R2Storage(**r2_arguments))
 
     async def look():
@@ -379,8 +379,8 @@ def test_ctrl_c_in_the_middle_of_a_command_leaves_what_can_be_finished(s3, bucke
         assert asyncio.run(look()) == ([], {"a/x/model.joblib", "a/x/manifest.json"})
 
         proxy.heal()
-        manager.save("a", linear(1), version="x")
-        manager.save("a", linear(2), version="y")
+        manager.save("a", linear(1), version="x", compile=False)
+        manager.save("a", linear(2), version="y", compile=False)
         stopped = interrupted(environment, proxy, "DELETE", "a/y/manifest.json", "unpublish", "a", "y")
         assert (stopped.returncode, stopped.stdout) == (130, "")
         assert stopped.stderr == "interrupted: `python -m app list` shows what is in force\n"

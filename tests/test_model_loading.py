@@ -85,7 +85,7 @@ async def test_a_bare_pair_serves_as_the_fitted_objects_do(manager, storage, end
 
 @pytest.mark.parametrize("format", ["joblib", "pickle", "skops"])
 async def test_a_published_pair_serves_as_the_fitted_objects_do(manager, format):
-    manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:20], format=format)
+    manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:20], format=format, compile=False)
     async with serving(manager) as served:
         outcome = await served.refresher.look_now()
         slot = served.slot("fraud")
@@ -499,7 +499,7 @@ def environment(s3, bucket):
 
 def test_the_service_names_a_defect_and_recovers_by_itself(environment, bucket, r2_arguments):
     manager = ModelStorageManager(R2Storage(**r2_arguments), trust=TRUST)
-    ref = manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:5])
+    ref = manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:5], compile=False)
     key = f"models/{ref}/model.joblib"
     good = put(manager, key, b"")
     put(manager, key, good[:-1] + b"!")

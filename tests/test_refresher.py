@@ -409,7 +409,7 @@ async def test_no_error_ends_the_looking(manager, storage):
     storage.fault = lambda verb, key: next(errors, None) if verb == "list" else None
     failures = iter([RuntimeError("in the swap")])
 
-    def make_runner(model):
+    def make_runner(model, costs):
         for error in failures:
             raise error
         return Runner(model)

@@ -51,6 +51,7 @@ SAMPLES = {  # what each setting is read as, and from what
     "trusted_keys": (f"ci:{PUBLIC_KEY}", seal.parse_trusted_keys(f"ci:{PUBLIC_KEY}")),
     "require_seal": ("true", True),
     "version_policy": ("WARN", "warn"),
+    "runtime": ("Compiled", "compiled"),
     "memory_limit_bytes": ("536870912", 536870912),
     "swap_policy": ("replace", "replace"),
     "max_body_bytes": ("2048", 2048),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -15,11 +15,13 @@ from app.api.errors import json_response, responses
 from app.auth import require_admin
 from app.counters import Counters
 from app.errors import BucketUnreadable
+from app.model import Model
 from app.model_storage import ModelStorageManager
 from app.refresher import Refresher
 from app.registry import Entry, Registry, Slot, State
 from app.runner import Runner
 from app.settings import Settings
+from app.timing import per_row
 from app.view import View
 
 Count = Callable[[Runner], Counters]
@@ -127,6 +129,8 @@ def _describe(slot: Slot, entry: Entry, count: Count) -> dict[str, Any]:
         "sealed_by": report.sealed_by,
         "runtime": model.runtime,
         "parity": slot.parity,
+        "compiled": _compiled(model),
+        "microseconds_per_row": _written(per_row(slot.costs)) if slot.costs is not None else None,
         "golden_rows": len(model.golden.instances) if model.golden else 0,
         "source": [
             {
@@ -151,4 +155,25 @@ def _describe(slot: Slot, entry: Entry, count: Count) -> dict[str, Any]:
         "errors": counters.errors,
         "batches": counters.batches,
         "latency_milliseconds": counters.quantiles(),
+    }
+
+
+def _written(figures: Mapping[int, float]) -> dict[str, float]:
+    return {str(rows): figure for rows, figure in figures.items()}
+
+
+def _compiled(model: Model) -> dict[str, Any]:
+    """Say what computes instead of scikit-learn, how that was proved and what it was measured to cost; or why nothing does."""
+    known = model.compiled
+    if known is None:
+        return {"parity": None, "rows": 0, "methods": [], "microseconds_per_row": None, "reason": model.not_compiled}
+    return {
+        "parity": known.parity,
+        "rows": known.rows,
+        "methods": known.methods,
+        "microseconds_per_row": {
+            "reference": _written(known.microseconds_per_row.reference),
+            "compiled": _written(known.microseconds_per_row.compiled),
+        },
+        "reason": known.reason or model.not_compiled,
     }

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 import numpy as np
@@ -144,3 +145,38 @@ def expect(condition: bool, text: str) -> None:
     """Raise `Malformed` unless `condition` holds."""
     if not condition:
         raise Malformed(f"is not a compiled model: {text}")
+
+
+def kinds() -> frozenset[str]:
+    """Return the names of all operations that have been declared."""
+    return frozenset(_OPS)
+
+
+def within(value: Any) -> Iterator[Op]:
+    """Yield every operation in `value`, an operation or what a field of one may hold, the outer ones first."""
+    if isinstance(value, Op):
+        yield value
+        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+            yield from within(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from within(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from within(item)
+
+
+def rebuilt(value: Any, change: Callable[[Op], Op]) -> Any:
+    """Return `value` with every operation in it, the inner ones first, replaced by what `change` makes of it."""
+    if isinstance(value, Op):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}  # type: ignore[arg-type]
+        changed = {name: rebuilt(item, change) for name, item in fields.items()}
+        same = all(changed[name] is item for name, item in fields.items())
+        return change(value if same else dataclasses.replace(value, **changed))  # type: ignore[type-var]
+    if isinstance(value, Mapping):
+        items = {key: rebuilt(item, change) for key, item in value.items()}
+        return value if all(items[key] is item for key, item in value.items()) else items
+    if isinstance(value, tuple):
+        parts = tuple(rebuilt(item, change) for item in value)
+        return value if all(map(operator.is_, parts, value)) else parts
+    return value

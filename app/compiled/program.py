@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,15 @@ class Program:
     def methods(self) -> tuple[str, ...]:
         """The methods that it computes."""
         return tuple(self.heads)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The kinds of operations that it is made of."""
+        return tuple(sorted({operation.kind for operation in op.within((self.body, self.heads))}))
+
+    def only(self, methods: Iterable[str]) -> Program:
+        """Return the program for these of its methods only."""
+        return Program(self.body, {method: self.heads[method] for method in methods if method in self.heads})
 
     def run(self, rows: Rows, method: str) -> Any:
         """Compute `method` for the rows. Raises `ValueError` as scikit-learn would for input that it refuses."""
@@ -75,3 +84,10 @@ def input_of(rows: Rows) -> Array | Table:
     if rows.signature.layout in ("text", "records"):
         return rows.columns[0]
     return Table(rows.count, rows.columns)
+
+
+def unknown(operations: Iterable[str]) -> tuple[str, ...]:
+    """Return those of the kinds of operations that this release does not know."""
+    from app.compiled import operations as every  # noqa: F401 - importing it declares them
+
+    return tuple(sorted({*operations} - op.kinds()))

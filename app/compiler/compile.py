@@ -18,7 +18,7 @@ from app.compiler.heads import common
 from app.compiler.linear import labels
 from app.compiler.pipeline import by_columns, chain, pipeline_steps, then
 from app.compiler.translation import TRANSFORMERS, Flow, NotCompilable, predictor, transformer
-from app.model import order_between
+from app.reference import order_between
 from app.signature import Signature
 
 
