@@ -69,6 +69,8 @@ def settle(model: Model, found: Gate) -> Model:
     if model.candidate is None:
         return model
     program = model.candidate.only(found.compiled.methods) if found.compiled else None
+    if program is not None:
+        program.check()
     return model.settled(program, found.compiled, found.not_compiled)
 
 

@@ -389,6 +389,8 @@ async def several(service: Service, count: int) -> AsyncIterator[list[asyncio.St
     finally:
         for writer in writers:
             writer.transport.abort()
+        while any(writer.get_extra_info("socket").fileno() >= 0 for writer in writers):
+            await asyncio.sleep(0)  # they close in the event loop's next turn
 
 
 async def test_hundreds_of_connections_get_their_own_answers(pair):

@@ -50,6 +50,11 @@ class Program:
                 value = self.body.run(value)
             return self.heads[method].run(value)
 
+    def check(self) -> None:
+        """Let every operation check itself, and make what it computes with. Raises `LoadFailed`. `read` has done so."""
+        for operation in op.within((self.body, dict(self.heads))):
+            operation.check()
+
     def write(self) -> bytes:
         """Return the program as it is stored."""
         arrays: dict[str, Array] = {}
