@@ -30,7 +30,10 @@ from app.signature import Rows
 from app.worker import Worker
 
 logger = logging.getLogger("diskless.runner")
-INLINE_SECONDS = 0.0005  # a batch that takes longer would hold up the other connections of the event loop
+INLINE_SECONDS = 0.001  # a batch that takes longer would hold up the other connections of the event loop
+LONE_BATCHES = 8  # so many of one request each, one after the other: there is one caller at a time
+LONE_SECONDS = 0.00002  # two requests that are closer to each other came in the same turn of the event loop
+TIMED_EVERY = 8  # of the batches in the event loop, so many are timed
 LATENCY_SECONDS = 0.05  # that one batch may take because of its length; a single request may take what it takes
 SERIALISED_ROWS = 32  # from here on, writing an array is faster than making a list of it first
 LEARNING = 0.125  # how much of a new measurement enters what is expected
@@ -47,12 +50,17 @@ class Result:
 
     def json(self, start: int, stop: int) -> bytes:
         """Return the rows `start` up to `stop` as a JSON array, NaN and the infinities as null."""
-        prediction = self.prediction
-        if stop - start >= SERIALISED_ROWS and type(prediction) is np.ndarray and prediction.dtype == np.float64:
-            return orjson.dumps(np.ascontiguousarray(prediction[start:stop]), option=orjson.OPT_SERIALIZE_NUMPY)
-        if self._values is None:
-            self._values = wire(prediction)
-        return orjson.dumps(self._values[start:stop])
+        values = self._values
+        if values is None:
+            prediction = self.prediction
+            if type(prediction) is np.ndarray and prediction.dtype == np.float64:  # what is no number becomes null
+                if stop - start >= SERIALISED_ROWS:
+                    return orjson.dumps(np.ascontiguousarray(prediction[start:stop]), option=orjson.OPT_SERIALIZE_NUMPY)
+                values = prediction.tolist()
+            else:
+                values = wire(prediction)
+            self._values = values
+        return orjson.dumps(values[start:stop])
 
 
 class Job:
@@ -216,6 +224,9 @@ class Runner:
         self._timeout_seconds = timeout_seconds
         self._queue: deque[Job] = deque()
         self._scheduled = False  # the queue will be looked at in this turn of the event loop
+        self._lone = 0  # how many batches of a single request there were since there was another
+        self._done = 0.0  # when the latest batch in the event loop was, by perf_counter
+        self._untimed = 0
         self._computing: asyncio.Task[None] | None = None  # on the thread
         self._batch: list[Job] = []  # that the thread computes
         self._alarm: asyncio.TimerHandle | None = None
@@ -223,7 +234,7 @@ class Runner:
         self._retired = False
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Its outcome comes later, never before this returns. A retired runner still answers whoever holds it.
+        """Queue a job, or compute it at once. A retired runner still answers whoever holds it.
 
         Raises `Overloaded` when the queue is full.
         """
@@ -233,6 +244,11 @@ class Runner:
                 self.counters.failed()
                 raise Overloaded(f"{self.model.ref.name} has {self._max_queue} requests waiting, which is the limit")
         job.deadline = job.started + self._timeout_seconds
+        if self._lone >= LONE_BATCHES and not self._scheduled and self._computing is None:
+            if job.started - self._done > LONE_SECONDS and self._is_cheap(job.count):
+                self._compute([job])  # nobody else is there to wait for
+                return
+            self._lone = 0
         self._queue.append(job)
         if not self._scheduled and self._computing is None:
             self._scheduled = True
@@ -289,13 +305,26 @@ class Runner:
                 self._batch = jobs
                 self._computing = asyncio.get_running_loop().create_task(self._run())
                 return
-            outcome, seconds = self._attempt(jobs)
-            self._finish(jobs, outcome, seconds)
-            spent += seconds
-            if self._queue and spent > INLINE_SECONDS:  # let the connections have a turn
+            self._lone = self._lone + 1 if len(jobs) == 1 and not self._queue else 0
+            begun = perf_counter()
+            self._compute(jobs)
+            spent += self._done - begun
+            if not self._queue:
+                return
+            if spent > INLINE_SECONDS:  # let the connections have a turn
                 self._scheduled = True
                 asyncio.get_running_loop().call_soon(self._flush)
                 return
+
+    def _compute(self, jobs: list[Job]) -> None:
+        """Compute a batch here and now. To know the time that it takes costs as much as a row, so not each is timed."""
+        self._untimed -= 1
+        if self._untimed > 0:
+            self._finish(jobs, self._outcome(jobs), None)
+        else:
+            self._untimed = TIMED_EVERY
+            self._finish(jobs, *self._attempt(jobs))
+        self._done = perf_counter()
 
     async def _run(self) -> None:
         """Compute batches on the thread until one is cheap enough for the event loop, or none is left."""
@@ -330,6 +359,8 @@ class Runner:
         if not queue:
             return []
         now = perf_counter()
+        if len(queue) == 1 and queue[0].awaited and queue[0].deadline > now:
+            return [queue.popleft()]
         jobs: list[Job] = []
         count, most = 0, self._max_batch_rows
         later: list[Job] = []
@@ -384,7 +415,7 @@ class Runner:
         except BaseException as error:  # a SystemExit, from the code of somebody's model, would end the event loop
             return RuntimeError(f"{type(error).__name__} was raised: {error}")
 
-    def _finish(self, jobs: Sequence[Job], outcome: Result | Exception, seconds: float) -> None:
+    def _finish(self, jobs: Sequence[Job], outcome: Result | Exception, seconds: float | None) -> None:
         """Hand a batch's outcome to its jobs. Of a batch that failed, each job is put back to be run alone."""
         now = perf_counter()
         counters = self.counters
@@ -405,7 +436,8 @@ class Runner:
                 counters.answered(job.count, now - job.started)
                 job.succeed(outcome, start, stop)
             start = stop
-        self.pace.learn(start, seconds)
+        if seconds is not None:
+            self.pace.learn(start, seconds)
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, RequestError):

@@ -158,7 +158,10 @@ def two_columns(second: Array) -> Array:
 
 def expit(x: Array) -> Array:
     """Return the logistic function."""
-    return 1 / (1 + np.exp(-x))
+    result: Array = np.negative(x)
+    np.exp(result, result)
+    result += 1.0
+    return np.divide(1.0, result, result)
 
 
 @dataclass(frozen=True, eq=False)
