@@ -91,16 +91,21 @@ class Job:
         raise NotImplementedError
 
 
-class _Promise(Job):
-    """A job that somebody waits for as a future."""
+class Promise(Job):
+    """A job that somebody waits for as a future, which gives a result and where in it the job's rows lie.
 
-    __slots__ = ("future",)
+    `takes_time` says that there is time to look whether the caller has gone: it was not computed at once.
+    """
+
+    __slots__ = ("_watching", "future", "takes_time")
 
     def __init__(
         self, future: asyncio.Future[tuple[Result, int, int]], target: Target, count: int, **rows: Any
     ) -> None:
         super().__init__(target, count, **rows)
         self.future = future
+        self.takes_time = False
+        self._watching: asyncio.Task[None] | None = None
 
     @override
     def succeed(self, result: Result, start: int, stop: int) -> None:
@@ -112,17 +117,26 @@ class _Promise(Job):
         if not self.future.done():
             self.future.set_exception(error)
 
+    def watch(self, receive: Callable[[], Awaitable[Any]]) -> None:
+        """Give up, by `CallerGone`, when ASGI's `receive` says that the caller has; its body must have been read."""
+        self._watching = asyncio.get_running_loop().create_task(self._until_gone(receive))
+
+    async def _until_gone(self, receive: Callable[[], Awaitable[Any]]) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.awaited = False
+        if not self.future.done():
+            self.future.set_exception(CallerGone())
+
+    def leave(self) -> None:
+        """Wait no longer. Rows whose caller has gone are not computed."""
+        self.awaited = False
+        if self._watching is not None:
+            self._watching.cancel()
+
 
 class CallerGone(Exception):
     """Nobody waits for the answer any more."""
-
-
-async def _abandon(job: _Promise, receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    job.awaited = False
-    if not job.future.done():
-        job.future.set_exception(CallerGone())
 
 
 class Target:
@@ -254,32 +268,24 @@ class Runner:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._flush)
 
-    async def ask(
-        self, target: Target, count: int, receive: Callable[[], Awaitable[Any]] | None = None, **rows: Any
-    ) -> tuple[Result, int, int]:
-        """Submit a job and wait for its rows of a result. Rows whose caller has gone are not computed.
+    def promise(self, target: Target, request_id: str | None, count: int, **rows: Any) -> Promise:
+        """Submit a job that can be waited for. Its future raises `PredictionTimeout`, and what `Model.predict` raises.
 
-        `receive` is ASGI's, of a request whose body has been read: it tells when the caller has gone. It is asked only where
-        there is time for that: not when the rows are computed at once.
-        Raises `Overloaded`, `PredictionTimeout`, `CallerGone`, and what `Model.predict` raises.
+        Whoever gets it must `leave` it at the end. Raises `Overloaded`.
         """
-        loop = asyncio.get_running_loop()
-        job = _Promise(loop.create_future(), target, count, **rows)
-        job.request_id = log.request_id.get()
+        job = Promise(asyncio.get_running_loop().create_future(), target, count, **rows)
+        job.request_id = request_id
         self.submit(job)
-        watching = None
-        if receive is not None and (self._computing is not None or not self._is_cheap(count)):
-            watching = loop.create_task(_abandon(job, receive))
-        try:
-            return await job.future
-        finally:
-            job.awaited = False
-            if watching is not None:
-                watching.cancel()
+        job.takes_time = self._computing is not None or (job.awaited and not self._is_cheap(count))
+        return job
 
     async def predict(self, rows: Rows, method: str) -> Prediction:
-        """Return the model's answer for the rows. Raises as `ask` does."""
-        result, start, stop = await self.ask(self.targets[method], rows.count, rows=rows)
+        """Return the model's answer for the rows. Raises `Overloaded`, `PredictionTimeout`, and what `Model.predict` raises."""
+        promise = self.promise(self.targets[method], log.request_id.get(), rows.count, rows=rows)
+        try:
+            result, start, stop = await promise.future
+        finally:
+            promise.leave()
         return part_of(result.prediction, start, stop)
 
     async def retire(self) -> None:
@@ -322,8 +328,10 @@ class Runner:
         if self._untimed > 0:
             self._finish(jobs, self._outcome(jobs), None)
         else:
-            self._untimed = TIMED_EVERY
-            self._finish(jobs, *self._attempt(jobs))
+            outcome, seconds = self._attempt(jobs)
+            usual = self.pace.expected(sum(job.count for job in jobs))
+            self._untimed = TIMED_EVERY if seconds < 2 * usual else 1  # what surprises is looked at again
+            self._finish(jobs, outcome, seconds)
         self._done = perf_counter()
 
     async def _run(self) -> None:

@@ -320,11 +320,14 @@ async def test_whoever_has_gone_is_not_computed(gate):
 
     first = asyncio.create_task(ask(runner, [[0, 0, 0]]))
     await started()
-    asking = asyncio.create_task(runner.ask(runner.default, 1, receive, rows=rows))
+    promise = runner.promise(runner.default, None, 1, rows=rows)
+    assert promise.takes_time
+    promise.watch(receive)
     await settled()
     left.set()
     with pytest.raises(CallerGone):
-        await asking
+        await promise.future
+    promise.leave()
     gate.set()
     await first
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.api.errors import STATUS, json_response, responses
-from app.api.predict import FIELDS, Predictor
+from app.api.predict import FIELDS, Predictor, request_id
 
 _ROW = {"oneOf": [{"type": "object"}, {"type": "array", "items": {}}, {"type": "string"}]}
 _PROPERTIES: dict[str, Any] = {
@@ -78,7 +78,7 @@ def router(predictor: Predictor) -> APIRouter:
 
 
 async def _through_fastapi(predictor: Predictor, request: Request, name: str | None) -> Response:
-    answer = await predictor.handle(request.scope, request.receive, name)
+    answer = await predictor.handle(request.scope, request.receive, name, request_id(request.scope))
     if answer is None:
         return Response(status_code=499)  # nobody is there to read it
     return json_response(answer.status, answer.body, answer.headers)

@@ -13,8 +13,8 @@ import logging
 import os
 import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -36,13 +36,12 @@ MAX_LABEL = 100  # characters of a model name, a version, an alias; no method's 
 Scope = MutableMapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What goes back: status, body, headers beside the usual ones; `unread` when a part of the request was not read."""
 
     status: int
     body: bytes
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
     unread: bool = False
 
 
@@ -121,17 +120,35 @@ class Predictor:
             runner.counters.failed()
             raise
 
-    async def handle(self, scope: Scope, receive: Any, name: str | None) -> Answer | None:
-        """Answer an ASGI request; `name` is the model that the path named, if it did. None when the caller has gone."""
+    async def handle(self, scope: Scope, receive: Any, name: str | None, identity: str) -> Answer | None:
+        """Answer an ASGI request with the request id `identity`; `name` is the model that the path named, if it did.
+
+        None when the caller has gone.
+        """
         try:
-            body = await self._body(scope, receive)
+            for key, value in scope["headers"]:  # what announces itself as too large is not read at all
+                if key == b"content-length" and value.isdigit() and int(value[:19]) > self.max_body_bytes:
+                    raise self._too_large(f"{value[:19].decode()} bytes")
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                body = message.get("body", b"")
+                if len(body) > self.max_body_bytes:
+                    raise self._too_large("more")
+            else:
+                body = await self._rest_of_body(message, receive)
             asked = self.plain(body, name)
             if asked is not None:
                 target, draft = asked
-                result, start, stop = await target.runner.ask(target, len(draft), receive, draft=draft)
+                promise = target.runner.promise(target, identity, len(draft), draft=draft)
             else:
                 target, rows = self.decode(body, name)
-                result, start, stop = await target.runner.ask(target, rows.count, receive, rows=rows)
+                promise = target.runner.promise(target, identity, rows.count, rows=rows)
+            if promise.takes_time:
+                promise.watch(receive)
+            try:
+                result, start, stop = await promise.future
+            finally:
+                promise.leave()
             return Answer(200, target.encode(result, start, stop))
         except RequestError as error:
             status, encoded, headers = errors.encode(error)
@@ -142,18 +159,18 @@ class Predictor:
         except CallerGone:
             return None
         except Exception:
-            logger.exception("a prediction request failed")
-            return Answer(*errors.internal())
+            token = log.request_id.set(identity)
+            try:
+                logger.exception("a prediction request failed")
+                return Answer(*errors.internal())
+            finally:
+                log.request_id.reset(token)
 
-    async def _body(self, scope: Scope, receive: Any) -> bytes:
-        """Read the body, and no more of it than the limit: what announces itself as larger is not read at all."""
-        for key, value in scope["headers"]:
-            if key == b"content-length" and value.isdigit() and int(value[:19]) > self.max_body_bytes:
-                raise self._too_large(f"{value[:19].decode()} bytes")
+    async def _rest_of_body(self, message: Any, receive: Any) -> bytes:
+        """Read a body that comes in pieces, and no more of it than the limit."""
         pieces: list[bytes] = []
         size = 0
         while True:
-            message = await receive()
             if message["type"] == "http.disconnect":
                 raise CallerGone
             piece = message.get("body", b"")
@@ -162,7 +179,8 @@ class Predictor:
                 raise self._too_large("more")
             pieces.append(piece)
             if not message.get("more_body", False):
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                return b"".join(pieces)
+            message = await receive()
 
     def _too_large(self, got: str) -> _BodyTooLarge:
         return _BodyTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
@@ -199,13 +217,15 @@ class Front:
             await self.rest(scope, receive, send)
             return
         identity = request_id(scope)
+        ours, name = predicted_model(scope)
+        if ours:
+            answer = await self.predictor.handle(scope, receive, name, identity)
+            if answer is not None:
+                await _send(answer, identity, receive, send)
+            return
         token = log.request_id.set(identity)
         try:
-            ours, name = predicted_model(scope)
-            if not ours:
-                await self._pass_on(scope, receive, send, identity)
-            elif (answer := await self.predictor.handle(scope, receive, name)) is not None:
-                await _send(answer, identity, receive, send)
+            await self._pass_on(scope, receive, send, identity)
         finally:
             log.request_id.reset(token)
 
@@ -242,7 +262,8 @@ async def _send(answer: Answer, identity: str, receive: Any, send: Any) -> None:
         (b"content-length", b"%d" % len(answer.body)),
         (b"x-request-id", identity.encode()),
     ]
-    headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+    if answer.headers:
+        headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body, "more_body": answer.unread})
     if answer.unread:
