@@ -75,6 +75,7 @@ class DrainingProtocol(HttpToolsProtocol):
                 self.send_400_response(GARBAGE)
             else:  # what came whole before it is answered first
                 self._broken = True
+                self.flow.pause_reading()
 
     @override
     def on_headers_complete(self) -> None:
