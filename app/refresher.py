@@ -230,6 +230,10 @@ class Refresher:
             text = f"looking at the bucket failed: {type(error).__name__}; the service's log says more"
             return self._blind(text, text)
         self._registry.settle()
+        if outcome.loaded:
+            # What was loaded stays: the garbage collector would go through all of it again and again, and stop everything
+            # for as long. `_collect` finds what is in there in vain.
+            gc.freeze()
         return outcome
 
     def _blind(self, text: str, told: str) -> Outcome:
@@ -591,7 +595,9 @@ def hint(error: DisklessError) -> str:
 
 def _collect() -> None:
     """Free what only the garbage collector finds, and give it back. It stops everything for a moment."""
+    gc.unfreeze()
     gc.collect()
+    gc.freeze()
     trim_heap()
 
 
