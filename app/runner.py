@@ -30,7 +30,9 @@ from app.signature import Rows
 from app.worker import Worker
 
 logger = logging.getLogger("diskless.runner")
-INLINE_SECONDS = 0.001  # a batch that takes longer would hold up the other connections of the event loop
+# A batch that takes longer would hold up the other connections of the event loop. One that takes less is not done sooner by
+# a thread: both want the interpreter, and wait up to 5 ms for each other to let go of it.
+INLINE_SECONDS = 0.002
 LONE_BATCHES = 8  # so many of one request each, one after the other: there is one caller at a time
 LONE_SECONDS = 0.00002  # two requests that are closer to each other came in the same turn of the event loop
 TIMED_EVERY = 8  # of the batches in the event loop, so many are timed
@@ -180,7 +182,7 @@ class Pace:
     def __init__(self, costs: Mapping[int, float] | None) -> None:
         self.measured = bool(costs)
         known = sorted((costs or {}).items())
-        self._seconds = [_between(known, 1 << power) if known else 0.0 for power in range(21)]
+        self._seconds = [_between(known, 1 << max(power - 1, 0)) if known else 0.0 for power in range(21)]
 
     def expected(self, rows: int) -> float:
         """Return the seconds that a batch of so many rows is expected to take."""

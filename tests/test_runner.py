@@ -285,7 +285,7 @@ async def test_a_model_that_would_end_the_process_does_not_end_the_event_loop():
 
 
 async def test_what_turns_out_to_be_expensive_leaves_the_event_loop():
-    runner = made(estimators.Burning(0.002), costs=CHEAP)
+    runner = made(estimators.Burning(0.004), costs=CHEAP)
     for _ in range(20):
         await ask(runner, [[1, 1, 1]])
 
@@ -296,7 +296,7 @@ async def test_what_turns_out_to_be_expensive_leaves_the_event_loop():
 
 
 async def test_a_batch_is_no_longer_than_the_latency_that_it_may_take(gate):
-    costs = {1: 0.001, 64: 0.02, 1000: 0.3}
+    costs = {1: 0.005, 64: 0.02, 1000: 0.3}
     runner = made(estimators.Gated(), costs=costs)
     first = asyncio.create_task(ask(runner, [[0, 0, 0]]))
     await started()
