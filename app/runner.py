@@ -126,14 +126,15 @@ async def _abandon(job: _Promise, receive: Callable[[], Awaitable[Any]]) -> None
 
 
 class Target:
-    """One method of one model, with all of an answer's bytes that are the same each time."""
+    """One method of one model, with all of an answer's bytes that are the same each time.
 
-    __slots__ = ("_classes", "_head", "_plain_tail", "method", "runner")
+    It refers to neither model nor runner: a connection keeps its latest request, which shall not keep a retired model.
+    """
 
-    def __init__(self, runner: Runner, method: str) -> None:
-        self.runner = runner
+    __slots__ = ("_classes", "_head", "method")
+
+    def __init__(self, model: Model, method: str) -> None:
         self.method = method
-        model = runner.model
         names = orjson.dumps({"model": model.ref.name, "version": model.ref.version})
         self._head = names[:-1] + b',"predictions":'
         classes = model.signature.classes
@@ -215,7 +216,7 @@ class Runner:
         self.model = model
         self.counters = counters or Counters()
         self.intake = Intake(model.signature)
-        self.targets = {method: Target(self, method) for method in model.signature.methods}
+        self.targets = {method: Target(model, method) for method in model.signature.methods}
         self.default = self.targets[model.signature.default_method]
         self.pace = Pace(costs)
         self._rowwise = model.signature.rowwise
@@ -322,8 +323,10 @@ class Runner:
         if self._untimed > 0:
             self._finish(jobs, self._outcome(jobs), None)
         else:
-            self._untimed = TIMED_EVERY
-            self._finish(jobs, *self._attempt(jobs))
+            outcome, seconds = self._attempt(jobs)
+            # What turns out to be expensive is to leave the event loop soon, so its next one is timed as well.
+            self._untimed = TIMED_EVERY if seconds <= INLINE_SECONDS else 0
+            self._finish(jobs, outcome, seconds)
         self._done = perf_counter()
 
     async def _run(self) -> None:
