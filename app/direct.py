@@ -235,14 +235,14 @@ class DirectProtocol(DrainingProtocol):
         asked = self._shared.predictor.plain(body, plan.name)
         if asked is None:
             return False
-        target, draft = asked
+        runner, target, draft = asked
         exchange = Exchange(self, target, draft)
         exchange.request_id = plan.request_id or new_request_id()
         self._ready = False
         self._exchange = exchange
         self.cycle = exchange  # type: ignore[assignment]  # it has what uvicorn asks of one
         try:
-            target.runner.submit(exchange)
+            runner.submit(exchange)
         except Overloaded as error:
             exchange.fail(error)
         return True
@@ -312,8 +312,21 @@ class DirectProtocol(DrainingProtocol):
 
     @override
     def shutdown(self) -> None:
+        self._hand_over()
         super().shutdown()
         self._ready = False
+
+    def _hand_over(self) -> None:
+        """Let a request whose body is still arriving go uvicorn's own way: that refuses it if it never arrives."""
+        self._ready = False
+        if self._held is not None:
+            held, self._held, self._plan = self._held, None, None
+            super().data_received(bytes(held))
+        elif self._plan is not None:
+            self._plan = None
+            super().on_headers_complete()
+            super().on_body(b"".join(self._pieces))
+            self._pieces.clear()
 
     @override
     def give_up(self) -> None:

@@ -142,14 +142,15 @@ class CallerGone(Exception):
 
 
 class Target:
-    """One method of one model, with all of an answer's bytes that are the same each time."""
+    """One method of one model, with all of an answer's bytes that are the same each time.
 
-    __slots__ = ("_classes", "_head", "_plain_tail", "method", "runner")
+    It refers to neither model nor runner: a connection keeps its latest request, which shall not keep a retired model.
+    """
 
-    def __init__(self, runner: Runner, method: str) -> None:
-        self.runner = runner
+    __slots__ = ("_classes", "_head", "method")
+
+    def __init__(self, model: Model, method: str) -> None:
         self.method = method
-        model = runner.model
         names = orjson.dumps({"model": model.ref.name, "version": model.ref.version})
         self._head = names[:-1] + b',"predictions":'
         classes = model.signature.classes
@@ -231,7 +232,7 @@ class Runner:
         self.model = model
         self.counters = counters or Counters()
         self.intake = Intake(model.signature)
-        self.targets = {method: Target(self, method) for method in model.signature.methods}
+        self.targets = {method: Target(model, method) for method in model.signature.methods}
         self.default = self.targets[model.signature.default_method]
         self.pace = Pace(costs)
         self._rowwise = model.signature.rowwise

@@ -1,11 +1,13 @@
 """What every test may ask for. The S3 server is a real one, started once for the whole run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import boto3
 import pytest
 from botocore.config import Config
 
+from app.compiler import translation
 from conformance.server import Server
 from demo.s3 import S3Server, start
 
@@ -60,3 +62,14 @@ def r2_arguments(s3) -> dict[str, str]:
         "access_key_id": s3.writer.access_key_id,
         "secret_access_key": s3.writer.secret_access_key,
     }
+
+
+@pytest.fixture
+def translated(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, translation.Predictor], None]:
+    """Lets a test say what the class of a fitted predictor is translated to, in the place of its own translations."""
+
+    def put(estimator: Any, translate: translation.Predictor) -> None:
+        kind = type(estimator)
+        monkeypatch.setitem(translation.PREDICTORS, f"{kind.__module__}.{kind.__qualname__}", [translate])
+
+    return put

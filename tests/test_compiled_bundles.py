@@ -18,7 +18,7 @@ from sklearn.tree import DecisionTreeClassifier
 from app import gate, memory, publishing
 from app.compiled import container
 from app.compiled.program import Program
-from app.compiler import planner, translation
+from app.compiler import planner
 from app.errors import (
     ArtifactMissing,
     CompiledUnreadable,
@@ -150,11 +150,11 @@ def test_save_compiles_unless_it_is_told_not_to(manager, tmp_path, caplog):
     assert manager.load("a").runtime == manager.load("b").runtime == "sklearn"
 
 
-def test_a_compiler_that_fails_does_not_fail_the_publish(manager, monkeypatch):
+def test_a_compiler_that_fails_does_not_fail_the_publish(manager, translated):
     def fail(estimator, flow):
         raise RecursionError("too deep")
 
-    monkeypatch.setitem(translation.PREDICTORS, "sklearn.svm._classes.LinearSVC", fail)
+    translated(SVC, fail)
     manager.save("a", SVC, examples=X)
 
     assert "RecursionError: too deep" in str(draft().not_compiled)
@@ -213,14 +213,10 @@ async def test_where_only_what_is_compiled_may_serve_the_rest_is_refused_with_th
         await load(manager, "b")
 
 
-async def test_a_method_without_a_compiled_form_is_computed_by_scikit_learn_beside_it(manager, monkeypatch):
+async def test_a_method_without_a_compiled_form_is_computed_by_scikit_learn_beside_it(manager, translated):
     chosen = Chosen(line(SVC), tuple(SVC.classes_.tolist()))
     wrong = line(LinearSVC(C=9.0).fit(X, WORDS))
-    monkeypatch.setitem(
-        translation.PREDICTORS,
-        "sklearn.svm._classes.LinearSVC",
-        lambda *_: {"predict": chosen, "decision_function": wrong},
-    )
+    translated(SVC, lambda *_: {"predict": chosen, "decision_function": wrong})
     made = draft()
     await manager.publish("a", made)
     model = await load(manager)

@@ -1,11 +1,11 @@
 """What the gate finds of a loaded model is plain data, and what serves afterwards is made of it without a prediction."""
 
 import json
-import threading
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
+from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.svm import LinearSVC
 
@@ -18,7 +18,7 @@ from app.model import Model
 from app.names import ModelRef
 from app.timing import race
 from tests import zoo
-from tests.estimators import Endless, Fitted
+from tests.estimators import Endless
 from tests.toy_operations import Chosen, Mistaken, line, program
 
 random = np.random.default_rng(2)
@@ -130,14 +130,16 @@ def test_the_code_of_others_is_not_run_on_rows_that_nobody_sent():
 def test_a_batch_that_would_take_too_long_is_not_tried():
     computed = []
 
-    class Slow(Fitted):
-        def predict(self, rows):
-            computed.append(len(rows))
-            threading.Event().wait(0.004 * len(rows))
-            return super().predict(rows)
+    class Noted(Model):
+        def predict(self, rows, method):
+            computed.append(rows.count)
+            return super().predict(rows, method)
 
-    known = Golden(instances=X[:1].tolist(), outputs={})
-    costs = gates.costs(Model(REF, inspection.infer((), Slow()), Slow(), golden=known), seconds=0.2)
+    points = random.normal(size=(100_000, 3))
+    neighbours = KNeighborsRegressor(algorithm="brute", metric="manhattan").fit(points, points[:, 0])
+    it = Noted(REF, inspection.infer((), neighbours, X), neighbours)
+    alone = race({"": lambda rows: it.predict(rows, "predict")}, {1: it.signature.validate(X[:1].tolist())}, seconds=1)
+    costs = gates.costs(it, seconds=16 * alone[""][1])
 
     assert costs is not None
     assert set(costs) == {1}

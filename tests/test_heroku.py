@@ -98,13 +98,16 @@ def exit_code(service: Service, seconds: float = 40) -> int:
     return service.process.wait(seconds)
 
 
+def through_with_its_start(status: dict[str, Any]) -> bool:
+    """Whether those workers have gone that had no model yet: until then, they answer too."""
+    return len(status["workers"]["processes"]) == 2
+
+
 # Running
 
 
 def test_the_processes_that_heroku_asks_for_share_what_they_serve(service):
-    workers = service.wait_for(lambda status: len(status["workers"]["processes"]) == 2, "through with its start")[
-        "workers"
-    ]
+    workers = service.wait_for(through_with_its_start, "through with its start")["workers"]
 
     assert workers["count"] == 2
     shared = Path(f"/proc/{workers['pid']}/smaps_rollup").read_text()
@@ -273,6 +276,7 @@ def test_what_never_ends_does_not_hold_up_the_end(start):
     unfinished = {
         "body": b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Request-ID: half\r\nContent-Length: 100\r\n\r\n{",
         "head": b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Le",
+        "body of a known head": request_bytes(SUM)[:-1],
         "answer": request_bytes({"model": "naps", "instances": [[600, 0, 0]]}),
     }
 
@@ -281,6 +285,9 @@ def test_what_never_ends_does_not_hold_up_the_end(start):
         async with AsyncExitStack() as stack:
             for name, sent in unfinished.items():
                 readers[name], writer = await stack.enter_async_context(connected("127.0.0.1", service.port))
+                if name == "body of a known head":
+                    writer.write(request_bytes(SUM))
+                    await read_answer(readers[name])
                 writer.write(sent)
                 await writer.drain()
             live, writer = await stack.enter_async_context(connected("127.0.0.1", service.port))
@@ -290,11 +297,12 @@ def test_what_never_ends_does_not_hold_up_the_end(start):
             return {name: await reader.read() for name, reader in readers.items()}
 
     service = start(ML_DRAIN_SECONDS="1").wait_ready()
+    service.wait_for(through_with_its_start, "through with its start")
     answers = asyncio.run(ask(service))
 
     assert exit_code(service, 20) == 0
     assert answers["head"] == b""
-    for name in ("body", "answer"):
+    for name in ("body", "body of a known head", "answer"):
         assert answers[name].startswith(b"HTTP/1.1 503 ")
         assert b"\r\nconnection: close\r\n" in answers[name]
         assert json.loads(answers[name].partition(b"\r\n\r\n")[2])["error"] == "model_not_ready"

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
 
-from app import memory, refresher
+from app import memory, publishing, refresher
 from app.errors import ModelNotReady, StorageUnavailable
-from app.manifest import Golden
+from app.manifest import COMPILED, Golden
 from app.memory import MB, OVERHEAD_BYTES, Taken
 from app.model import Model
 from app.model_storage import ModelStorageManager
@@ -25,7 +25,7 @@ from app.names import ModelRef
 from app.publishing import Draft
 from app.registry import State
 from app.storage.local import LocalStorage
-from tests.repository import Served, Watched, draft, dumped, linear, serving
+from tests.repository import ROWS, Served, Watched, draft, dumped, linear, serving
 from tests.trusted import TRUST
 
 LARGE_BYTES = 96 * MB
@@ -34,13 +34,25 @@ ROW = [1.0, 2.0, 3.0]
 
 @cache
 def large(answer: int) -> Draft:
-    """A model of 96 MB, of which it uses little, that answers `answer`. What it takes is known, and need not be measured."""
+    """A model of 96 MB, of which it uses little, that answers `answer`. What it takes is known, and need not be measured.
+
+    It is not compiled: room is needed for what is read, and a compiled form would leave those 96 MB where they are.
+    """
     model = LinearRegression()
     model.coef_, model.intercept_, model.n_features_in_ = np.zeros(3), float(answer), 3
     model.singular_ = np.zeros(LARGE_BYTES // 8)
     small = draft(linear(answer))
     part = replace(small.parts[0], body=dumped(model))
     return replace(small, parts=(part,), taken=Taken(LARGE_BYTES, LARGE_BYTES))
+
+
+def compiled(answer: int) -> Draft:
+    """The same with a compiled form, which needs nothing of what the model is large by."""
+    made = publishing.draft(
+        {"model": publishing.part_from_object("model", linear(answer))}, ROWS, trust=TRUST, compile=True
+    )
+    (program,) = (part for part in made.parts if part.role == COMPILED)
+    return replace(made, parts=(program, *large(answer).parts), taken=large(answer).taken)
 
 
 def wrong(answer: int) -> Draft:
@@ -103,6 +115,39 @@ async def test_nothing_of_what_does_not_fit_is_read(manager, storage):
         assert ("get", "models/a/1/model.joblib") not in storage.calls
         with pytest.raises(ModelNotReady, match=r"a/1 is UNAVAILABLE: a/1: needs about 15\d MB"):
             served.registry.get("a")
+
+
+async def test_a_version_that_is_compiled_needs_room_for_its_compiled_form_only(manager, storage):
+    await manager.publish("a", compiled(1))
+    async with serving(manager, memory_limit_bytes=in_use() + 100 * MB) as served:
+        outcome = await served.refresher.look_now()
+
+        assert outcome.loaded == ("a/1",)
+        assert served.registry.get("a").model.runtime == "compiled"
+        assert await served.ask([ROW], "a") == pytest.approx(linear(1).predict([ROW]).tolist(), rel=1e-9)
+        assert ("get", "models/a/1/model.joblib") not in storage.calls
+
+
+async def test_where_scikit_learn_is_to_compute_a_compiled_version_needs_room_for_its_model(manager):
+    await manager.publish("a", compiled(1))
+    manager.runtime = "sklearn"
+    async with serving(manager, memory_limit_bytes=in_use() + 100 * MB) as served:
+        outcome = await served.refresher.look_now()
+
+        assert re.match(r"a/1: needs about 15\d MB to load", outcome.failed["a/1"])
+
+
+async def test_nothing_of_a_compiled_form_that_does_not_fit_is_read(manager, storage):
+    made = compiled(1)
+    assert made.compiled is not None
+    block = made.compiled.model_copy(update={"resident_bytes": 900 * MB, "peak_bytes": 900 * MB})
+    await manager.publish("a", replace(made, compiled=block))
+    storage.calls.clear()
+    async with serving(manager, memory_limit_bytes=in_use() + 400 * MB) as served:
+        outcome = await served.refresher.look_now()
+
+        assert re.match(r"a/1: needs about 9\d\d MB to load", outcome.failed["a/1"])
+        assert not [key for verb, key in storage.calls if verb == "get" and ("compiled/" in key or "joblib" in key)]
 
 
 async def test_what_did_not_fit_is_loaded_when_something_else_has_gone(manager):

@@ -1,12 +1,7 @@
-"""Operations for tests: a small compiled form of linear models, and ways in which a compiled form can be wrong.
-
-Where a model has a translation in `app/compiler`, that one is used. The service under test can import this module.
-"""
+"""Operations for tests: a small compiled form of linear models, and ways in which a compiled form can be wrong."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +9,7 @@ import numpy as np
 
 from app.compiled.op import Op
 from app.compiled.program import Program
-from app.compiler import compile, translation
 from app.signature import Array
-
-SERVE = (sys.executable, "-c", "import tests.toy_operations, app.cli; raise SystemExit(app.cli.main(['serve']))")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,24 +116,6 @@ class Either(Op, kind="toy_either"):
 
 def line(estimator: Any) -> Line:
     return Line(np.atleast_2d(estimator.coef_).astype(float), np.atleast_1d(estimator.intercept_).astype(float))
-
-
-def _regression(estimator: Any, flow: translation.Flow) -> Mapping[str, Op]:
-    return {"predict": line(estimator)}
-
-
-def _classification(estimator: Any, flow: translation.Flow) -> Mapping[str, Op]:
-    scores = line(estimator)
-    return {"decision_function": scores, "predict": Chosen(scores, tuple(estimator.classes_.tolist()))}
-
-
-for name, function in (
-    ("sklearn.linear_model._base.LinearRegression", _regression),
-    ("sklearn.linear_model._ridge.Ridge", _regression),
-    ("sklearn.svm._classes.LinearSVC", _classification),
-):
-    assert compile  # it declares the translations that there are
-    translation.PREDICTORS.setdefault(name, function)
 
 
 def program(**heads: Op) -> Program:

@@ -23,7 +23,7 @@ from app.api import errors
 from app.errors import InvalidInput, InvalidJson, InvalidRequest, ModelNotFound, RequestError, RequestTooLarge
 from app.intake import Draft, open_envelope
 from app.registry import Registry
-from app.runner import CallerGone, Target
+from app.runner import CallerGone, Runner, Target
 from app.signature import Rows
 
 logger = logging.getLogger("diskless.api")
@@ -57,8 +57,8 @@ class Predictor:
         self.max_rows = max_rows
         self._registry = registry
 
-    def plain(self, body: bytes, name: str | None = None) -> tuple[Target, Draft] | None:
-        """Return what a plain request asks for, and its validated rows; None for any other request, right or wrong."""
+    def plain(self, body: bytes, name: str | None = None) -> tuple[Runner, Target, Draft] | None:
+        """Return who computes a plain request, what it asks for, and its validated rows; None for any other request, right or wrong."""
         try:
             envelope = open_envelope(body)
         except Exception:  # whatever it is, the careful way has a sentence for it
@@ -80,9 +80,9 @@ class Predictor:
         draft = runner.intake.draft(envelope.instances)
         if draft is None or len(draft) > self.max_rows:
             return None
-        return target, draft
+        return runner, target, draft
 
-    def decode(self, body: bytes, name: str | None) -> tuple[Target, Rows]:
+    def decode(self, body: bytes, name: str | None) -> tuple[Runner, Target, Rows]:
         """Parse and validate any request. Raises the `RequestError` that says what is wrong with it."""
         try:
             request = orjson.loads(body)
@@ -115,10 +115,11 @@ class Predictor:
                 f"{runner.model.ref.name} has no method {method!r}; it has {', '.join(signature.methods)}"
             )
         try:
-            return runner.targets[method], signature.validate(request["instances"], max_rows=self.max_rows)
+            rows = signature.validate(request["instances"], max_rows=self.max_rows)
         except InvalidInput:
             runner.counters.failed()
             raise
+        return runner, runner.targets[method], rows
 
     async def handle(self, scope: Scope, receive: Any, name: str | None, identity: str) -> Answer | None:
         """Answer an ASGI request with the request id `identity`; `name` is the model that the path named, if it did.
@@ -138,11 +139,11 @@ class Predictor:
                 body = await self._rest_of_body(message, receive)
             asked = self.plain(body, name)
             if asked is not None:
-                target, draft = asked
-                promise = target.runner.promise(target, identity, len(draft), draft=draft)
+                runner, target, draft = asked
+                promise = runner.promise(target, identity, len(draft), draft=draft)
             else:
-                target, rows = self.decode(body, name)
-                promise = target.runner.promise(target, identity, rows.count, rows=rows)
+                runner, target, rows = self.decode(body, name)
+                promise = runner.promise(target, identity, rows.count, rows=rows)
             if promise.takes_time:
                 promise.watch(receive)
             try:

@@ -10,7 +10,7 @@ from sklearn.svm import LinearSVC
 
 from app import inspection
 from app.compiled.program import Program, unknown
-from app.compiler import candidates, planner, translation
+from app.compiler import candidates, planner
 from app.manifest import Compiled, Speeds
 from app.memory import MB, Taken
 from app.model import Model
@@ -27,17 +27,6 @@ KNOWN = X.tolist()
 
 def model(estimator):
     return Model(ModelRef("m", "1"), inspection.infer((), estimator, X), estimator)
-
-
-@pytest.fixture
-def translated(monkeypatch):
-    """Lets a test say what a class is translated to."""
-
-    def put(estimator, heads):
-        kind = type(estimator)
-        monkeypatch.setitem(translation.PREDICTORS, f"{kind.__module__}.{kind.__qualname__}", heads)
-
-    return put
 
 
 def test_a_plan_has_a_program_that_reads_back_and_the_figures_of_both_runtimes():
