@@ -85,6 +85,7 @@ class Registry:
         self._found_at_start: frozenset[str] | None = None
         self._unread = "the bucket has not been read yet"
         self.draining = False
+        self.waits_for: str | None = None  # what else must happen before the service is ready
 
     @property
     def snapshot(self) -> Snapshot:
@@ -168,6 +169,10 @@ class Registry:
         """
         if self.draining:
             return "the service is stopping"
+        reason = self._missing()
+        return self.waits_for if reason is None else reason
+
+    def _missing(self) -> str | None:
         entries = self._snapshot.entries
         if self._found_at_start is None and not self._required:
             return "the models are being loaded" if entries else self._unread

@@ -84,8 +84,13 @@ class View:
         return {**self._service, "pid": os.getpid()}
 
     def hear(self, service: dict[str, Any]) -> None:
-        """Take what the supervisor tells of the processes."""
+        """Take what the supervisor tells of the processes.
+
+        As long as those of the first generation answer, which have no model, the service is not ready whoever is asked.
+        """
         self._service = service
+        first = any(it["generation"] == 0 and it["state"] == "serving" for it in service["processes"])
+        self._registry.waits_for = "workers that have the models are taking over" if first else None
 
     def follow(self, told: Mapping[str, Any]) -> None:
         """Bring registry and status in step with what was `described`. What is served here stays served."""
