@@ -128,10 +128,10 @@ class Predictor:
             asked = self.plain(body, name)
             if asked is not None:
                 target, draft = asked
-                result, start, stop = await target.runner.ask(target, len(draft), receive, draft=draft)
+                result, start, stop = await target.runner.ask(target, len(draft), receive, draft=draft, size=len(body))
             else:
                 target, rows = self.decode(body, name)
-                result, start, stop = await target.runner.ask(target, rows.count, receive, rows=rows)
+                result, start, stop = await target.runner.ask(target, rows.count, receive, rows=rows, size=len(body))
             return Answer(200, target.encode(result, start, stop))
         except RequestError as error:
             status, encoded, headers = errors.encode(error)
