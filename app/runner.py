@@ -252,7 +252,7 @@ class Runner:
         job.deadline = job.started + self._timeout_seconds
         if self._lone >= LONE_BATCHES and not self._scheduled and self._computing is None:
             if job.started - self._done > LONE_SECONDS and self._is_cheap([job]):
-                self._compute([job])  # nobody else is there to wait for
+                self._compute([job], job.started)  # nobody else is there to wait for
                 return
             self._lone = 0
         self._queue.append(job)
@@ -313,7 +313,7 @@ class Runner:
                 return
             self._lone = self._lone + 1 if len(jobs) == 1 and not self._queue else 0
             begun = perf_counter()
-            self._compute(jobs)
+            self._compute(jobs, begun)
             spent += self._done - begun
             if not self._queue:
                 return
@@ -322,8 +322,11 @@ class Runner:
                 asyncio.get_running_loop().call_soon(self._flush)
                 return
 
-    def _compute(self, jobs: list[Job]) -> None:
-        """Compute a batch here and now. To know the time that it takes costs as much as a row, so not each is timed."""
+    def _compute(self, jobs: list[Job], begun: float) -> None:
+        """Compute a batch here and now. To know the time that it takes costs as much as a row, so not each is timed.
+
+        `begun` is now, by perf_counter. Behind one that seemed long, the next is timed: it may be the machine that was busy.
+        """
         self._untimed -= 1
         if self._untimed > 0:
             self._finish(jobs, self._outcome(jobs), None)
@@ -331,6 +334,8 @@ class Runner:
             self._untimed = TIMED_EVERY
             self._finish(jobs, *self._attempt(jobs))
         self._done = perf_counter()
+        if self._done - begun > INLINE_SECONDS:
+            self._untimed = 0
 
     async def _run(self) -> None:
         """Compute batches on the thread until one is cheap enough for the event loop, or none is left."""
