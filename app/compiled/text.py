@@ -102,8 +102,17 @@ class CountTerms(Op, kind="count_terms"):
         return terms
 
     def _characters_of_words(self, text: str) -> Iterable[str]:
-        terms = self._each_of_words(text)
-        return terms if len(text) * self.longest > MANY_TERMS else list(terms)
+        if len(text) * self.longest > MANY_TERMS:
+            return self._each_of_words(text)
+        terms: list[str] = []
+        for word in text.split():
+            padded = f" {word} "
+            count = len(padded)
+            for length in range(self.shortest, self.longest + 1):
+                terms += [padded[start : start + length] for start in range(max(1, count - length + 1))]
+                if length >= count:  # a short word counts once
+                    break
+        return terms
 
     def _each_of_words(self, text: str) -> Iterator[str]:
         for word in text.split():
@@ -112,7 +121,7 @@ class CountTerms(Op, kind="count_terms"):
             for length in range(self.shortest, self.longest + 1):
                 for start in range(max(1, count - length + 1)):
                     yield padded[start : start + length]
-                if length >= count:  # a short word counts once
+                if length >= count:
                     break
 
     @override
