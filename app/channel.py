@@ -31,7 +31,8 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._unsent: deque[tuple[bytes, int | None]] = deque()  # bytes, and the file that goes with the first of them
+        # Bytes, the file that goes with the first of them, and the kind of what a later message of it makes needless.
+        self._unsent: deque[tuple[bytes, int | None, str | None]] = deque()
         self._received = bytearray()
         self._files: deque[int] = deque()
 
@@ -44,14 +45,17 @@ class Channel:
         """Whether the other end has not taken everything yet: then `flush` is to be called when it may be written to."""
         return bool(self._unsent)
 
-    def send(self, kind: str, *, file: int | None = None, **fields: Any) -> None:
+    def send(self, kind: str, *, file: int | None = None, latest: bool = False, **fields: Any) -> None:
         """Send a message, and an open file with it, as far as the other end takes it now.
 
+        Of `latest` ones of a kind, an end that takes nothing for long is left the last: they would pile up without end.
         The file is the caller's again, to be closed, when nothing is unsent. To an end that has gone, nothing is sent.
         """
         message = {"kind": kind, **fields} | ({"has_file": True} if file is not None else {})
         body = json.dumps(message).encode("ascii")
-        self._unsent.append((len(body).to_bytes(LENGTH_BYTES, "big") + body, file))
+        if latest:
+            self._unsent = deque(entry for entry in self._unsent if entry[2] != kind)
+        self._unsent.append((len(body).to_bytes(LENGTH_BYTES, "big") + body, file, kind if latest else None))
         self.flush()
 
     def send_now(self, kind: str, *, file: int | None = None, **fields: Any) -> None:
@@ -66,7 +70,7 @@ class Channel:
     def flush(self) -> None:
         """Send what the other end takes now of what is unsent."""
         while self._unsent:
-            body, file = self._unsent[0]
+            body, file, _ = self._unsent[0]
             try:
                 files = [] if file is None else [file]
                 sent = socket.send_fds(self._sock, [body], files) if files else self._sock.send(body)
@@ -78,7 +82,7 @@ class Channel:
             if sent == len(body):
                 self._unsent.popleft()
             else:
-                self._unsent[0] = body[sent:], None
+                self._unsent[0] = body[sent:], None, None  # begun: the rest must follow
 
     def receive(self) -> list[Message]:
         """Return the messages that have arrived, those with a file with its number as `file`. Raises `Closed`."""

@@ -29,17 +29,22 @@ PATH = re.compile(rb"/(?:predict|models/([A-Za-z0-9._-]{1,100})/predict)\Z")
 MAX_HEADS = 512
 MAX_HEAD_BYTES = 1024
 _NEVER_PLAIN = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
+_SECRET = re.compile(rb"auth|cookie|key|token|secret|passw|session|signature|credential")  # in a header's name
 _BOUNDARY = b"\r\n\r\n"
 _JSON = b"content-type: application/json\r\ncontent-length: "
 _CLOSE = b"connection: close\r\n"
 
 
 class Plan(NamedTuple):
-    """What the head of a plain request says: the model that its path names, the body's length in bytes, its request id."""
+    """What the head of a plain request says: the model that its path names, the body's length in bytes, its request id.
+
+    It is `secret` where a header may be a caller's secret.
+    """
 
     name: str | None
     length: int
     request_id: str | None
+    secret: bool = False
 
 
 class Shared:
@@ -53,7 +58,7 @@ class Shared:
 
     def remember(self, head: bytes, plan: Plan) -> None:
         """Take note that these bytes, and no fewer, are the head of such a request."""
-        if plan.request_id is None and head.count(b"\n") == head.count(b"\r\n"):
+        if plan.request_id is None and not plan.secret and head.count(b"\n") == head.count(b"\r\n"):
             if len(self.heads) >= MAX_HEADS:
                 self.heads.clear()
             self.heads[head] = plan
@@ -85,8 +90,8 @@ class Exchange(Job):
     message_event: ClassVar[_Unheard] = _Unheard()
     more_body: ClassVar[bool] = False
 
-    def __init__(self, protocol: DirectProtocol, target: Target, draft: Draft) -> None:
-        super().__init__(target, len(draft), draft=draft)
+    def __init__(self, protocol: DirectProtocol, target: Target, draft: Draft, size: int) -> None:
+        super().__init__(target, len(draft), draft=draft, size=size)
         self.protocol = protocol
         self.scope = protocol.scope
         self.keep_alive = True
@@ -213,6 +218,7 @@ class DirectProtocol(DrainingProtocol):
             return None
         length: int | None = None
         request_id: str | None = None
+        secret = False
         for name, value in self.headers:
             if name == b"content-length":
                 if length is not None or not value.isdigit() or len(value) > 15:
@@ -224,9 +230,11 @@ class DirectProtocol(DrainingProtocol):
                     request_id = text
             elif name in _NEVER_PLAIN:
                 return None
+            elif _SECRET.search(name):
+                secret = True
         if length is None or length > self._shared.predictor.max_body_bytes:
             return None
-        return Plan(match[1].decode() if match[1] is not None else None, length, request_id)
+        return Plan(match[1].decode() if match[1] is not None else None, length, request_id, secret)
 
     def _begin(self, plan: Plan, body: bytes) -> bool:
         """Queue a plain request; return whether it is one."""
@@ -236,7 +244,7 @@ class DirectProtocol(DrainingProtocol):
         if asked is None:
             return False
         runner, target, draft = asked
-        exchange = Exchange(self, target, draft)
+        exchange = Exchange(self, target, draft, len(body))
         exchange.request_id = plan.request_id or new_request_id()
         self._ready = False
         self._exchange = exchange

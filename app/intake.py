@@ -24,7 +24,9 @@ Draft = list[Any]
 MAX_COLUMNS = 2000  # that a type of its own is made for
 PACKED_VALUES = 1 << 16  # so many are handed over at a time
 
-_RECORD: Any = dict[str, str | float | int | bool | list[str] | None]
+# Beyond 64 bits the careful way reads a float.
+_INTEGER: Any = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_RECORD: Any = dict[str, str | float | _INTEGER | bool | list[str] | None]
 _as_tuple = msgspec.structs.astuple
 
 

@@ -26,6 +26,8 @@ COMPILED = "compiled"  # the role of the compiled form
 PROGRAM_FORMAT = "safetensors"  # of its artifact
 
 _Word = Annotated[str, Field(max_length=100)]  # what comes back in messages
+_Rows = Annotated[int, Field(ge=0, le=1 << 40)]
+_Microseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Digest = Annotated[str, Field(max_length=64)]
 
 
@@ -68,8 +70,8 @@ class Speeds(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    reference: dict[int, float] = Field(default_factory=dict)
-    compiled: dict[int, float] = Field(default_factory=dict)
+    reference: dict[_Rows, _Microseconds] = Field(default_factory=dict)
+    compiled: dict[_Rows, _Microseconds] = Field(default_factory=dict)
 
 
 class Compiled(BaseModel):

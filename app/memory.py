@@ -408,7 +408,7 @@ class Watched(io.RawIOBase):
     @override
     def readinto(self, buffer: Buffer, /) -> int:
         """Read a piece at most: what it decompresses to must not fill the memory before the next look."""
-        self._look()
+        self.look()
         view = memoryview(buffer).cast("B")[: self._piece_bytes]
         begins = self._stream.tell() == 0
         count = int(self._stream.readinto(view))
@@ -425,13 +425,14 @@ class Watched(io.RawIOBase):
     def tell(self) -> int:
         return int(self._stream.tell())
 
-    def _look(self) -> None:
+    def look(self, about_to_take_bytes: int = 0) -> None:
+        """Raise `NoRoom` when memory has run out, or would with what is about to be taken."""
         resident = resident_bytes(self._root)
-        if resident - self._looked_at < LOOK_EVERY_BYTES:
+        if resident + about_to_take_bytes - self._looked_at < LOOK_EVERY_BYTES:
             return
         self._looked_at = resident
         found = room(self._limit_bytes, self._root)
-        if found is not None and found.free_bytes < RESERVE_BYTES:
+        if found is not None and found.free_bytes - about_to_take_bytes < RESERVE_BYTES:
             raise NoRoom(
                 f"{self._label}: takes more memory to load than was expected: stopped when {found.free_bytes // MB} MB of "
                 f"{found.limit_bytes // MB} MB were free ({found.source}): give the service more memory, serve fewer models, "

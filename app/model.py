@@ -355,7 +355,7 @@ def _read_compiled(bundle: Bundle, part: Part) -> tuple[Program, Source]:
     with bundle.open(part) as stream:
         try:
             watched = memory.Watched(stream, label, limit_bytes=bundle.trust.memory_limit_bytes)
-            program = Program.read(watched, part.info.size)
+            program = Program.read(watched, part.info.size, watched.look)
         except LoadFailed as error:
             stream.finish()  # or were its bytes altered on their way?
             raise CompiledUnreadable(f"{label}: {error}") from error

@@ -234,7 +234,7 @@ class Supervisor:
                 self._tell_all()
             case "view":
                 self._view = message["view"]
-                self._tell_workers("view", view=self._view)
+                self._tell_workers("view", latest=True, view=self._view)
             case "look":
                 self._asks.append(message["ask"])
                 for heir in self._of("heir"):
@@ -415,7 +415,7 @@ class Supervisor:
         }
 
     def _tell_all(self) -> None:
-        self._tell_workers("service", service=self._service())
+        self._tell_workers("service", latest=True, service=self._service())
 
     # Time, and the end
 

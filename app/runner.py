@@ -35,6 +35,7 @@ logger = logging.getLogger("diskless.runner")
 INLINE_SECONDS = 0.002
 LONE_BATCHES = 8  # so many of one request each, one after the other: there is one caller at a time
 LONE_SECONDS = 0.00002  # two requests that are closer to each other came in the same turn of the event loop
+INLINE_TEXT_BYTES = 16 * 1024  # of requests whose values may be of any length, however few rows they have
 TIMED_EVERY = 8  # of the batches in the event loop, so many are timed
 LATENCY_SECONDS = 0.05  # that one batch may take because of its length; a single request may take what it takes
 SERIALISED_ROWS = 32  # from here on, writing an array is faster than making a list of it first
@@ -68,14 +69,17 @@ class Result:
 class Job:
     """One request in the queue: rows that are validated already, either as `Rows` or as the draft of a plain request.
 
-    Whoever makes one says what happens with its outcome. `awaited` becomes false when its caller has gone or was answered.
+    `size` is that of the request's body in bytes. Whoever makes one says what happens with its outcome. `awaited` becomes false when its caller has gone or was answered.
     """
 
-    __slots__ = ("alone", "awaited", "count", "deadline", "draft", "request_id", "rows", "started", "target")
+    __slots__ = ("alone", "awaited", "count", "deadline", "draft", "request_id", "rows", "size", "started", "target")
 
-    def __init__(self, target: Target, count: int, *, draft: Draft | None = None, rows: Rows | None = None) -> None:
+    def __init__(
+        self, target: Target, count: int, *, draft: Draft | None = None, rows: Rows | None = None, size: int = 0
+    ) -> None:
         self.target = target
         self.count = count
+        self.size = size
         self.draft = draft
         self.rows = rows
         self.request_id: str | None = None
@@ -236,6 +240,8 @@ class Runner:
         self.default = self.targets[model.signature.default_method]
         self.pace = Pace(costs)
         self._rowwise = model.signature.rowwise
+        layout, inputs = model.signature.layout, model.signature.inputs
+        self._has_texts = layout in ("text", "records") or any(spec.datatype == "BYTES" for spec in inputs)
         self._max_batch_rows = max_batch_rows
         self._max_queue = max_queue
         self._timeout_seconds = timeout_seconds
@@ -262,8 +268,8 @@ class Runner:
                 raise Overloaded(f"{self.model.ref.name} has {self._max_queue} requests waiting, which is the limit")
         job.deadline = job.started + self._timeout_seconds
         if self._lone >= LONE_BATCHES and not self._scheduled and self._computing is None:
-            if job.started - self._done > LONE_SECONDS and self._is_cheap(job.count):
-                self._compute([job])  # nobody else is there to wait for
+            if job.started - self._done > LONE_SECONDS and self._is_cheap([job]):
+                self._compute([job], job.started)  # nobody else is there to wait for
                 return
             self._lone = 0
         self._queue.append(job)
@@ -279,7 +285,7 @@ class Runner:
         job = Promise(asyncio.get_running_loop().create_future(), target, count, **rows)
         job.request_id = request_id
         self.submit(job)
-        job.takes_time = self._computing is not None or (job.awaited and not self._is_cheap(count))
+        job.takes_time = self._computing is not None or (job.awaited and not self._is_cheap([job]))
         return job
 
     async def predict(self, rows: Rows, method: str) -> Prediction:
@@ -310,13 +316,13 @@ class Runner:
         self._scheduled = False
         spent = 0.0
         while jobs := self._next_batch():
-            if not self._is_cheap(sum(job.count for job in jobs)):
+            if not self._is_cheap(jobs):
                 self._batch = jobs
                 self._computing = asyncio.get_running_loop().create_task(self._run())
                 return
             self._lone = self._lone + 1 if len(jobs) == 1 and not self._queue else 0
             begun = perf_counter()
-            self._compute(jobs)
+            self._compute(jobs, begun)
             spent += self._done - begun
             if not self._queue:
                 return
@@ -325,8 +331,11 @@ class Runner:
                 asyncio.get_running_loop().call_soon(self._flush)
                 return
 
-    def _compute(self, jobs: list[Job]) -> None:
-        """Compute a batch here and now. To know the time that it takes costs as much as a row, so not each is timed."""
+    def _compute(self, jobs: list[Job], begun: float) -> None:
+        """Compute a batch here and now. To know the time that it takes costs as much as a row, so not each is timed.
+
+        `begun` is now, by perf_counter. Behind one that seemed long, the next is timed: it may be the machine that was busy.
+        """
         self._untimed -= 1
         if self._untimed > 0:
             self._finish(jobs, self._outcome(jobs), None)
@@ -336,6 +345,8 @@ class Runner:
             self._untimed = TIMED_EVERY if seconds < 2 * usual else 1  # what surprises is looked at again
             self._finish(jobs, outcome, seconds)
         self._done = perf_counter()
+        if self._done - begun > INLINE_SECONDS:
+            self._untimed = 0
 
     async def _run(self) -> None:
         """Compute batches on the thread until one is cheap enough for the event loop, or none is left."""
@@ -345,7 +356,7 @@ class Runner:
                 outcome, seconds = await self._worker.run(self._attempt, jobs)
                 self._finish(jobs, outcome, seconds)
                 self._batch = self._next_batch()
-                if self._batch and self._is_cheap(sum(job.count for job in self._batch)):
+                if self._batch and self._is_cheap(self._batch):
                     self._queue.extendleft(reversed(self._batch))
                     self._batch = []
         finally:
@@ -360,9 +371,12 @@ class Runner:
             elif self._retired:  # somebody asked after all
                 self.close()
 
-    def _is_cheap(self, rows: int) -> bool:
-        """Whether so many rows are computed in the event loop."""
-        return self.pace.measured and self.pace.expected(rows) <= INLINE_SECONDS
+    def _is_cheap(self, jobs: Sequence[Job]) -> bool:
+        """Whether a batch is computed in the event loop. What a long text takes, its number of rows does not tell."""
+        if not self.pace.measured or (self._has_texts and sum(job.size for job in jobs) > INLINE_TEXT_BYTES):
+            return False
+        rows = jobs[0].count if len(jobs) == 1 else sum(job.count for job in jobs)
+        return self.pace.expected(rows) <= INLINE_SECONDS
 
     def _next_batch(self) -> list[Job]:
         """Take the oldest request that someone waits for, and those of its kind that fit beside it, in their order."""

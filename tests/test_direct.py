@@ -21,8 +21,13 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from uvicorn.server import ServerState
 
+from app.api.predict import Predictor
+from app.direct import DirectProtocol, Shared
 from app.model_storage import ModelStorageManager
+from app.protocol import configuration
+from app.registry import Registry
 from app.storage.local import LocalStorage
 from tests import toys
 from tests.service import COMMAND, Service, connected, running
@@ -415,3 +420,42 @@ async def test_hundreds_of_connections_get_their_own_answers(pair):
 def test_the_commands_differ_in_the_protocol_only():
     assert COMMAND[-1] == "serve"
     assert "DrainingProtocol" in AS_ASGI[-1]
+
+
+@pytest.mark.parametrize(
+    ("header", "is_kept"),
+    [
+        (b"User-Agent: x", True),
+        (b"Authorization: Bearer x", False),
+        (b"COOKIE: a=b", False),
+        (b"Proxy-Authorization: Basic x", False),
+        (b"X-Api-Key: x", False),
+        (b"X-Session-Token: x", False),
+    ],
+)
+async def test_heads_with_somebodys_secret_are_not_kept(header, is_kept):
+    shared = Shared(Predictor(Registry(), max_body_bytes=100, max_rows=10))
+    config = configuration(_nothing, keep_alive_seconds=5)
+    config.load()
+    state = ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: DirectProtocol(shared, config=config, server_state=state, app_state={}), "127.0.0.1", 0
+    )
+    async with server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+        head = b"POST /predict HTTP/1.1\r\nHost: x\r\n" + header + b"\r\nContent-Length: 2\r\n\r\n"
+        for _ in range(2):
+            writer.write(head + b"{}")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+        writer.close()
+        await writer.wait_closed()
+
+    assert list(shared.heads) == [head] * is_kept
+
+
+async def _nothing(scope: Any, receive: Any, send: Any) -> None:
+    while (await receive()).get("more_body", False):
+        pass
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})

@@ -186,3 +186,11 @@ def test_deep_nesting_is_not_taken():
 
     with pytest.raises((msgspec.DecodeError, RecursionError)):
         open_envelope(body)
+
+
+def test_a_whole_number_of_more_than_64_bits_in_a_record_is_left_to_the_careful_way():
+    intake = Intake(Signature(layout="records", inputs=(), methods=("predict",)))
+
+    assert intake.draft(raw([{"a": 2**63 - 1}, {"a": -(2**63)}])) is not None
+    for number in (2**64, -(2**63) - 1, 10**400):
+        assert intake.draft(raw([{"a": number}])) is None

@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from app.errors import InvalidManifest
-from app.manifest import CHUNK_BYTES, FORMAT, MAX_MANIFEST_BYTES, Artifact, Golden, Manifest
+from app.manifest import CHUNK_BYTES, FORMAT, MAX_MANIFEST_BYTES, Artifact, Golden, Manifest, Speeds
 from app.names import ModelRef
 from app.signature import Signature, TensorSpec
 
@@ -109,3 +110,16 @@ def test_what_is_no_manifest_of_this_version_is_refused(body, sentence):
     assert str(caught.value).startswith("churn/7")
     assert sentence in str(caught.value)
     assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("figure", ["Infinity", "-Infinity", "NaN", "-1"])
+def test_figures_that_are_no_times_are_refused(figure):
+    speeds = f'{{"reference": {{"1": {figure}, "2": 1}}, "compiled": {{"1": 1, "2": 1}}}}'
+
+    with pytest.raises(ValidationError):
+        Speeds.model_validate_json(speeds)
+
+
+def test_a_number_of_rows_that_no_request_has_is_refused():
+    with pytest.raises(ValidationError):
+        Speeds(reference={10**400: 1.0})

@@ -8,12 +8,15 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from app import inspection
 from app.errors import InvalidInput, Overloaded, PredictionFailed, PredictionTimeout
 from app.model import Model
 from app.names import ModelRef
-from app.runner import INLINE_SECONDS, CallerGone, Pace, Runner
+from app.runner import INLINE_SECONDS, INLINE_TEXT_BYTES, CallerGone, Pace, Runner
 from tests import estimators
 from tests.repository import ROWS, linear
 
@@ -343,3 +346,25 @@ def test_expected_costs_never_fall_below_those_of_a_row(costs):
     assert all(pace.expected(rows) >= min(costs.values()) for rows in (1, 2, 63, 64, 65, 999, 5000, 10**7))
     assert pace.rows_within(0.0) == 1
     assert pace.rows_within(1e9) >= 1 << 19
+
+
+async def test_a_long_text_is_not_computed_in_the_event_loop_however_cheap_rows_are():
+    texts = ["good film", "bad film"]
+    estimator = make_pipeline(CountVectorizer(), LogisticRegression()).fit(texts, [1, 0])
+    runner = made(estimator, costs=CHEAP)
+    rows = runner.model.signature.validate(texts[:1])
+
+    await runner.ask(runner.default, 1, rows=rows, size=INLINE_TEXT_BYTES)
+    assert all(thread.name != "predict sum" for thread in threading.enumerate())
+    await runner.ask(runner.default, 1, rows=rows, size=INLINE_TEXT_BYTES + 1)
+    assert any(thread.name == "predict sum" for thread in threading.enumerate())
+    await runner.retire()
+    await no_thread("predict sum")
+
+
+async def test_many_bytes_of_numbers_are_told_by_their_rows():
+    runner = made(linear(1), costs=CHEAP)
+    await runner.ask(runner.default, 1, rows=rows_of(runner, [[1, 2, 3]]), size=10 * INLINE_TEXT_BYTES)
+
+    assert all(thread.name != "predict sum" for thread in threading.enumerate())
+    await runner.retire()

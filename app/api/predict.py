@@ -140,10 +140,10 @@ class Predictor:
             asked = self.plain(body, name)
             if asked is not None:
                 runner, target, draft = asked
-                promise = runner.promise(target, identity, len(draft), draft=draft)
+                promise = runner.promise(target, identity, len(draft), draft=draft, size=len(body))
             else:
                 runner, target, rows = self.decode(body, name)
-                promise = runner.promise(target, identity, rows.count, rows=rows)
+                promise = runner.promise(target, identity, rows.count, rows=rows, size=len(body))
             if promise.takes_time:
                 promise.watch(receive)
             try:

@@ -11,7 +11,7 @@ import numpy as np
 from app.compiled.linear import expit, softmax
 from app.compiled.op import Op, expect
 from app.compiled.steps import MAX_DENSE_WIDTH
-from app.compiled.values import count_of
+from app.compiled.values import check_room, count_of
 from app.signature import Array
 
 
@@ -52,6 +52,7 @@ class Ballot(Op, kind="ballot"):
 
     @override
     def run(self, value: Any) -> Array:
+        check_room(count_of(value), self.classes)
         votes = np.zeros((count_of(value), self.classes))
         every = np.arange(len(votes))
         for member, weight in zip(self.members, self.weights.tolist(), strict=True):
@@ -155,6 +156,7 @@ class Calibrated(Op, kind="calibrated"):
     def run(self, value: Any) -> Array:
         scores = self.scores.run(value)
         scores = scores.reshape(len(scores), -1)
+        check_room(len(scores), self.classes)
         found = np.zeros((len(scores), self.classes))
         for index, (column, curve) in enumerate(zip(self.columns, self.curves, strict=True)):
             score = scores[:, index]
@@ -204,6 +206,7 @@ class Constant(Op, kind="constant"):
 
     @override
     def run(self, value: Any) -> Array:
+        check_room(count_of(value), self.value.size)
         return np.repeat(self.value[None], count_of(value), axis=0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,8 @@ from app.signature import Array
 
 MAX_HEADER_BYTES = 64 << 20
 MAX_DIMENSIONS = 4
+MAX_EMPTY = 1 << 16  # of any dimension of an array that has no bytes: those would bear out nothing
+_BYTES_PER_VALUE = 160  # of JSON, at most, as Python has it: a term of a vocabulary and its column
 DOCUMENT = "diskless"  # the key of our document in the header's `__metadata__`
 
 _DTYPES = {
@@ -67,21 +69,29 @@ def write(document: Any, arrays: Mapping[str, Array]) -> bytes:
     return b"".join((_LENGTH.pack(len(header)), header, *(array.tobytes() for array in stored)))
 
 
-def read(stream: Readable, size: int) -> tuple[Any, dict[str, Array]]:
+def _no_look(_: int) -> None:
+    return
+
+
+def read(stream: Readable, size: int, look: Callable[[int], None] = _no_look) -> tuple[Any, dict[str, Array]]:
     """Read a container of `size` bytes: the document, and the arrays by name, which are read-only.
 
-    Each array is read into its own place, so the peak is the size of the container. Raises `LoadFailed` when the bytes are
-    not a container; whatever the stream raises reaches the caller.
+    Each array is read into its own place, so the peak is the size of the container, and what its JSON becomes: `look` is called
+    with the bytes that this may be, before it is made. Raises `LoadFailed` when the bytes are not a container; whatever the
+    stream or `look` raises reaches the caller.
     """
     if size < _LENGTH.size:
         raise LoadFailed(f"is not a compiled model: it has {size} bytes")
     (length,) = _LENGTH.unpack(_exactly(stream, _LENGTH.size))
     if length > min(size - _LENGTH.size, MAX_HEADER_BYTES):
         raise LoadFailed(f"is not a compiled model: its header would have {length} bytes")
+    header = bytes(_exactly(stream, length))
+    look(3 * length + _BYTES_PER_VALUE * header.count(b","))
     try:
-        entries = json.loads(bytes(_exactly(stream, length)))
+        entries = json.loads(header)
         document = json.loads(entries.pop("__metadata__")[DOCUMENT])
         listed = [(name, *_entry(entry)) for name, entry in entries.items()]
+        del header, entries
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LoadFailed(f"is not a compiled model: its header cannot be read ({type(error).__name__})") from error
     arrays: dict[str, Array] = {}
@@ -110,6 +120,8 @@ def _entry(entry: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
         raise ValueError("a shape or an offset is no number")
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError("too many dimensions")
+    if 0 in shape and max(shape) > MAX_EMPTY:
+        raise ValueError("a large array of nothing")
     return dtype, shape, start, stop
 
 

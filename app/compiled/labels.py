@@ -80,6 +80,8 @@ class Each(Op, kind="each"):
 
     @override
     def run(self, value: tuple[Array, ...]) -> Any:
+        if type(value) is not tuple:  # of a matrix, the items would be rows: each somebody else's
+            raise TypeError("expected a tuple of arrays")
         results = tuple(op.run(item) for op, item in zip(self.ops, value, strict=True))
         return np.stack(results, axis=1) if self.stacked else results
 

@@ -10,8 +10,11 @@ import numpy as np
 
 from app.compiled.categories import Key
 from app.compiled.op import Op, expect
-from app.compiled.values import Sparse
+from app.compiled.values import Sparse, check_room
 from app.signature import Array
+
+MAX_LABEL_CHARACTERS = 1 << 24
+_CHUNK_VALUES = 1 << 20  # of a product with rows that are mostly zero that is held at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,9 @@ class ClassLabels(Op, kind="class_labels"):
     def check(self) -> None:
         if isinstance(self.values, tuple):
             expect(not self.strings or all(type(value) is str for value in self.values), "a label is no string")
+            # Each takes as much room as the longest.
+            longest = max((len(value) for value in self.values if type(value) is str), default=0)
+            expect(longest * len(self.values) <= MAX_LABEL_CHARACTERS, "its labels are too long")
         else:
             expect(self.values.ndim == 1, "its labels are none")
         expect(len(self.values) > 0, "it has no labels")
@@ -85,8 +91,12 @@ def sparse_product(value: Sparse, coefficients: Array) -> Array:
     if len(coefficients) <= 64:
         products = [value.row_sums(value.data * row[value.columns]) for row in coefficients]
         return np.stack(products, axis=1)
+    check_room(value.count, len(coefficients))
     scores = np.zeros((value.count, len(coefficients)))
-    np.add.at(scores, value.rows, coefficients.T[value.columns] * value.data[:, None])
+    for start in range(0, len(value.data), height := max(1, _CHUNK_VALUES // len(coefficients))):
+        part = slice(start, start + height)
+        terms = coefficients.T[value.columns[part]] * value.data[part, None]
+        np.add.at(scores, value.rows[part], terms)
     return scores
 
 

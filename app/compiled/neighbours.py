@@ -13,7 +13,7 @@ import numpy as np
 from app.compiled.linear import ClassLabels
 from app.compiled.op import Op, expect
 from app.compiled.steps import MAX_DENSE_WIDTH
-from app.compiled.values import dense
+from app.compiled.values import check_room, dense
 from app.signature import Array
 
 _CHUNK_VALUES = 1 << 20  # of what is computed for pairs of rows at a time
@@ -98,6 +98,7 @@ class Votes(Op, kind="votes"):
     def run(self, value: Any) -> Array:
         scores = self.scores.run(value)
         scores = scores.reshape(len(scores), -1)
+        check_room(len(scores), self.classes)
         votes = np.zeros((len(scores), self.classes))
         total = np.zeros_like(votes)
         for column, (first, second) in enumerate(itertools.combinations(range(self.classes), 2)):
@@ -190,7 +191,9 @@ class Neighbours(Op, kind="neighbours"):
     @override
     def run(self, value: Any) -> tuple[Array, Array]:
         rows = dense(value)
-        width = len(self.points) * (1 if self.metric == "euclidean" else self.points.shape[1])
+        points, columns = self.points.shape
+        # Beside the distances to all points, the differences from those that may be nearest, or from all, column by column.
+        width = max(points, (self.count + _SPARE) * columns) if self.metric == "euclidean" else points * columns
         found = [self._nearest(part) for part in _chunks(rows, width)]
         return np.concatenate([it[0] for it in found]), np.concatenate([it[1] for it in found])
 
@@ -250,6 +253,7 @@ class NeighbourClasses(Op, kind="neighbour_classes"):
     def run(self, value: Any) -> Array:
         distances, numbers = self.neighbours.run(value)
         weights = _weights(distances, self.by_distance)
+        check_room(len(numbers), self.count)
         found = np.zeros((len(numbers), self.count))
         every, classes = np.arange(len(numbers)), self.classes[numbers]
         for position in range(numbers.shape[1]):
@@ -274,6 +278,7 @@ class NeighbourMean(Op, kind="neighbour_mean"):
     @override
     def run(self, value: Any) -> Array:
         distances, numbers = self.neighbours.run(value)
+        check_room(len(numbers), numbers.shape[1] * (self.targets.size // len(self.targets)))
         targets = self.targets.reshape(len(self.targets), -1)[numbers]
         if self.by_distance:
             weights = _weights(distances, True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from app.compiled.op import Op, expect
 from app.compiled.steps import MAX_DENSE_WIDTH, MAX_WIDTH, Part
-from app.compiled.values import Sparse, Table
+from app.compiled.values import Sparse, Table, check_room
 from app.signature import Array
 
 
@@ -465,6 +465,7 @@ class Polynomials(Op, kind="polynomials"):
 
     @override
     def run(self, value: Any) -> Array:
+        check_room(len(value), self.width)
         out = np.empty((len(value), self.width))
         if self.bias:
             out[:, 0] = 1

@@ -13,7 +13,7 @@ import operator
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 import numpy as np
 
@@ -71,12 +71,20 @@ def encode(value: Any, arrays: dict[str, Array]) -> Any:
     return value
 
 
-def decode(document: Any, arrays: Mapping[str, Array]) -> Op:
-    """Return the operation that `encode` wrote, checked. Raises `Malformed`."""
-    return _operation(document, arrays, 0)  # type: ignore[no-any-return]
+def decode(document: Any, arrays: Mapping[str, Array], look: Callable[[int], None] | None = None) -> Op:
+    """Return the operation that `encode` wrote, checked. Raises `Malformed`.
+
+    `look` is called behind each operation, which may have made much of little as it was checked. What it raises reaches the caller.
+    """
+    return _operation(document, _Decoding(arrays, look), 0)  # type: ignore[no-any-return]
 
 
-def _operation(document: Any, arrays: Mapping[str, Array], depth: int) -> Any:
+class _Decoding(NamedTuple):
+    arrays: Mapping[str, Array]
+    look: Callable[[int], None] | None
+
+
+def _operation(document: Any, decoding: _Decoding, depth: int) -> Any:
     if depth > MAX_DEPTH or type(document) is not dict or type(document.get("op")) is not str:
         raise Malformed("is not a compiled model: an operation is expected where there is none")
     cls = _OPS.get(document["op"])
@@ -86,7 +94,7 @@ def _operation(document: Any, arrays: Mapping[str, Array], depth: int) -> Any:
     if document.keys() - {"op"} != declared.keys():
         raise Malformed(f"is not a compiled model: {cls.kind} has other fields than it should")
     values = {
-        name: _value(document[name], annotation, arrays, depth, f"{cls.kind}.{name}")
+        name: _value(document[name], annotation, decoding, depth, f"{cls.kind}.{name}")
         for name, annotation in declared.items()
     }
     op = cls(**values)
@@ -94,6 +102,8 @@ def _operation(document: Any, arrays: Mapping[str, Array], depth: int) -> Any:
         op.check()
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         raise Malformed(f"is not a compiled model: {cls.kind}: {error}") from error
+    if decoding.look is not None:
+        decoding.look(0)
     return op
 
 
@@ -103,7 +113,7 @@ def _fields(cls: type[Op]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
-def _value(given: Any, annotation: Any, arrays: Mapping[str, Array], depth: int, where: str) -> Any:
+def _value(given: Any, annotation: Any, decoding: _Decoding, depth: int, where: str) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         if given is None and type(None) in arguments:
@@ -111,27 +121,29 @@ def _value(given: Any, annotation: Any, arrays: Mapping[str, Array], depth: int,
         kinds = [argument for argument in arguments if argument is not type(None)]
         for kind in kinds[:-1]:
             try:
-                return _value(given, kind, arrays, depth, where)
+                return _value(given, kind, decoding, depth, where)
             except Malformed:
                 continue
-        return _value(given, kinds[-1], arrays, depth, where)
+        return _value(given, kinds[-1], decoding, depth, where)
     if origin is Literal and type(given) in (str, int, bool) and given in arguments:
         return given
     if origin is tuple and type(given) is list:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_value(item, arguments[0], arrays, depth, where) for item in given)
+            return tuple(_value(item, arguments[0], decoding, depth, where) for item in given)
         if len(arguments) == len(given):
-            return tuple(_value(item, kind, arrays, depth, where) for item, kind in zip(given, arguments, strict=True))
+            return tuple(
+                _value(item, kind, decoding, depth, where) for item, kind in zip(given, arguments, strict=True)
+            )
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if type(given) is dict and given.keys() == {"map"} and type(given["map"]) is dict:
-            return {key: _value(item, arguments[1], arrays, depth, where) for key, item in given["map"].items()}
+            return {key: _value(item, arguments[1], decoding, depth, where) for key, item in given["map"].items()}
     elif annotation == Array:
         if type(given) is dict and given.keys() == {"array"} and type(given["array"]) is str:
-            found = arrays.get(given["array"])
+            found = decoding.arrays.get(given["array"])
             if found is not None:
                 return found
     elif isinstance(annotation, type) and issubclass(annotation, Op):
-        operation = _operation(given, arrays, depth + 1)
+        operation = _operation(given, decoding, depth + 1)
         if isinstance(operation, annotation):
             return operation
     elif annotation is float and type(given) in (int, float):

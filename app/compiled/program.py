@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,11 +70,14 @@ class Program:
         return container.write(document, arrays)
 
     @classmethod
-    def read(cls, stream: container.Readable, size: int) -> Program:
-        """Read a program of `size` bytes. Raises `LoadFailed` when it is none."""
+    def read(cls, stream: container.Readable, size: int, look: Callable[[int], None] = lambda _: None) -> Program:
+        """Read a program of `size` bytes. Raises `LoadFailed` when it is none, and what `look` raises.
+
+        `look` is called now and then, with the bytes that are about to be taken: it stops what takes too many.
+        """
         from app.compiled import operations  # noqa: F401 - every operation that a file may name
 
-        document, arrays = container.read(stream, size)
+        document, arrays = container.read(stream, size, look)
         if type(document) is not dict or document.keys() != {"format", "body", "heads"}:
             raise LoadFailed("is not a compiled model: it does not say what to compute")
         if document["format"] != FORMAT:
@@ -82,8 +85,8 @@ class Program:
         heads = document["heads"]
         if type(heads) is not dict or not heads:
             raise LoadFailed("is not a compiled model: it has no methods")
-        body = None if document["body"] is None else op.decode(document["body"], arrays)
-        return cls(body, {method: op.decode(head, arrays) for method, head in heads.items()})
+        body = None if document["body"] is None else op.decode(document["body"], arrays, look)
+        return cls(body, {method: op.decode(head, arrays, look) for method, head in heads.items()})
 
 
 class _Quiet(threading.local):

@@ -10,7 +10,7 @@ from typing import Any, override
 import numpy as np
 
 from app.compiled.op import Op, expect
-from app.compiled.values import Sparse, Table, columns_of, count_of, dense
+from app.compiled.values import Sparse, Table, check_room, columns_of, count_of, dense
 from app.signature import Array
 
 MAX_WIDTH = 1 << 24  # of rows that are mostly zero
@@ -43,6 +43,7 @@ class Part(Op):
 
 def zeros(count: int, width: int) -> tuple[Array, Array]:
     """Return a matrix of zeros, and the same memory as one row with a number more at its end."""
+    check_room(count, width)
     flat = np.zeros(count * width + 1)
     return flat[:-1].reshape(count, width), flat
 

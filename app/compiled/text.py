@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, override
 
@@ -17,8 +17,14 @@ from app.compiled.steps import MAX_WIDTH
 from app.compiled.values import Sparse, dense
 from app.signature import Array
 
-MAX_PATTERN = 1000  # characters of a token pattern
+MAX_PATTERN = 200  # characters of a token pattern
 MAX_NGRAM = 64
+MANY_TERMS = 1 << 16  # from here on, terms are made one by one as they are looked up
+# A character or a set of characters. Of a group, `re` would return something else than the whole.
+_ONE = r"(?:\\[wWsSdD]|\\[^\w\s]|[^\W_]|[ ._,;:@#%&!<>=~'\"/-]|\[\^?\]?(?:[^\]\[\\]|\\[wWsSdD]|\\[^\w\s])+\])"
+_TAIL = rf"{_ONE}(?:[+*]|\{{\d{{1,2}}(?:,\d{{0,2}})?\}})?"
+_TOKEN = rf"(?:{_ONE}*(?:\({_ONE}+\))?{_ONE}*{_TAIL}|{_ONE}*\({_ONE}*{_TAIL}\))"
+_LINEAR = re.compile(rf"(?:\(\?u\))?(?:(?:\\b{_TOKEN}(?:\\b)?|{_TOKEN})(?:\||\Z))+\Z")
 _WHITE_SPACES = re.compile(r"\s\s+")
 
 
@@ -27,7 +33,7 @@ class CountTerms(Op, kind="count_terms"):
     """How often each term of a vocabulary is in each text.
 
     The terms of a text are what `pattern` finds, or the characters of the whole text or of its words (`char_wb`); then sequences of
-    `shortest` to `longest` of them. The pattern is compiled as it is: one that takes exponential time would take it here, too.
+    `shortest` to `longest` of them. The pattern is one that `is_linear`: `re` lets nobody else have the interpreter meanwhile.
     """
 
     analyzer: Literal["word", "char", "char_wb"]
@@ -46,7 +52,7 @@ class CountTerms(Op, kind="count_terms"):
         expect(1 <= self.shortest <= self.longest <= MAX_NGRAM, "its terms have no length")
         expect(0 < self.width <= MAX_WIDTH, "its width is none")
         expect(all(0 <= index < self.width for index in self.vocabulary.values()), "a term has no column")
-        expect(len(self.pattern) <= MAX_PATTERN, "its pattern is too long")
+        expect(self.analyzer != "word" or is_linear(self.pattern), "its pattern may take for ever")
         try:
             groups = re.compile(self.pattern).groups
         except (re.error, RecursionError) as error:
@@ -77,21 +83,27 @@ class CountTerms(Op, kind="count_terms"):
         text = _WHITE_SPACES.sub(" ", text)
         return self._characters(text) if self.analyzer == "char" else self._characters_of_words(text)
 
-    def _word_ngrams(self, tokens: list[str]) -> list[str]:
-        terms = list(tokens) if self.shortest == 1 else []
+    def _word_ngrams(self, tokens: list[str]) -> Iterable[str]:
         count = len(tokens)
+        if count * self.longest > MANY_TERMS:
+            return _each(tokens, self.shortest, self.longest, " ".join)
+        terms = list(tokens) if self.shortest == 1 else []
         for length in range(max(2, self.shortest), min(self.longest, count) + 1):
             terms += [" ".join(tokens[start : start + length]) for start in range(count - length + 1)]
         return terms
 
-    def _characters(self, text: str) -> list[str]:
-        terms = list(text) if self.shortest == 1 else []
+    def _characters(self, text: str) -> Iterable[str]:
         count = len(text)
+        if count * self.longest > MANY_TERMS:
+            return _each(text, self.shortest, self.longest, str)
+        terms = list(text) if self.shortest == 1 else []
         for length in range(max(2, self.shortest), min(self.longest, count) + 1):
             terms += [text[start : start + length] for start in range(count - length + 1)]
         return terms
 
-    def _characters_of_words(self, text: str) -> list[str]:
+    def _characters_of_words(self, text: str) -> Iterable[str]:
+        if len(text) * self.longest > MANY_TERMS:
+            return self._each_of_words(text)
         terms: list[str] = []
         for word in text.split():
             padded = f" {word} "
@@ -101,6 +113,16 @@ class CountTerms(Op, kind="count_terms"):
                 if length >= count:  # a short word counts once
                     break
         return terms
+
+    def _each_of_words(self, text: str) -> Iterator[str]:
+        for word in text.split():
+            padded = f" {word} "
+            count = len(padded)
+            for length in range(self.shortest, self.longest + 1):
+                for start in range(max(1, count - length + 1)):
+                    yield padded[start : start + length]
+                if length >= count:
+                    break
 
     @override
     def run(self, value: Any) -> Sparse:
@@ -121,6 +143,23 @@ class CountTerms(Op, kind="count_terms"):
         numbers = np.ones(len(data)) if self.binary else np.array(data, dtype=np.float64)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         return Sparse(len(lengths), self.width, rows, np.array(columns, dtype=np.intp), numbers)
+
+
+def is_linear(pattern: str) -> bool:
+    """Whether the time that a pattern of tokens takes is known to grow no faster than the text.
+
+    Known are alternatives of single characters and sets of them, of which the last may be repeated, at the boundary of a word
+    or anywhere. A boundary behind them is known only with one before them, which leaves few places to begin at.
+    """
+    return len(pattern) <= MAX_PATTERN and _LINEAR.match(pattern) is not None
+
+
+def _each(items: Any, shortest: int, longest: int, joined: Callable[[Any], str]) -> Iterator[str]:
+    """Yield what is `joined` of each sequence of `shortest` to `longest` items: of a long text, all at once would fill the memory."""
+    count = len(items)
+    for length in range(shortest, min(longest, count) + 1):
+        for start in range(count - length + 1):
+            yield joined(items[start : start + length])
 
 
 def _without_accents(text: str, how: str) -> str:

@@ -28,6 +28,7 @@ MAX_LEVELS = 4096
 _STEPS = 25_000  # tree and row pairs that are walked at once: what is being worked on stays in the cache of a core
 _TREES = 5_000  # of which trees
 _ROWS = 1024  # rows that are computed at once at most
+_MOST_TERMS = 1 << 26  # of a single row that are added up at once
 _TERMS = 1_000_000  # numbers that are added up at once at most
 _MANY = (4, 16, 64)  # rows from which another engine may be the faster one
 _CHECKED = 1 << 16
@@ -104,6 +105,7 @@ class Trees(Op, kind="trees"):
         expect(self.values.shape[0] >= 1 and self.values.shape[1] >= 1, "leaves without values")
         expect(bool(np.isfinite(self.values).all()), "leaves whose values are not finite")
         expect(self.turns >= 1 and len(self.roots) % self.turns == 0, "trees that cannot take turns")
+        expect(min(len(self.roots), _TREES) * self.values.shape[1] <= _MOST_TERMS, "too many columns for so many trees")
         expect(self.turns == 1 or self.values.shape[1] == 1, "trees that take turns and have several columns")
         expect(self.divisor is None or (math.isfinite(self.divisor) and self.divisor != 0), "a divisor that is none")
         expect(self.many_from_rows >= 1, "a batch of no rows")

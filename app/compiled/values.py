@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from app.errors import RequestTooLarge
 from app.signature import Array
 
-MAX_DENSE_VALUES = 50_000_000  # that an operation writes out of rows that are mostly zero
+MAX_DENSE_VALUES = 50_000_000  # that an operation writes for rows that need not have as many themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,7 @@ class Sparse:
 
     def toarray(self) -> Array:
         """Return the matrix written out. Raises `ValueError` where that is too large."""
-        if self.count * self.width > MAX_DENSE_VALUES:
-            raise ValueError(f"{self.count} rows of {self.width} numbers are too many to write out")
+        check_room(self.count, self.width)
         matrix = np.zeros(self.shape, dtype=self.data.dtype)
         matrix[self.rows, self.columns] = self.data
         return matrix
@@ -55,6 +55,13 @@ class Sparse:
     def with_data(self, data: Array) -> Sparse:
         """Return the same places with other values."""
         return Sparse(self.count, self.width, self.rows, self.columns, data)
+
+
+def check_room(count: int, width: int) -> None:
+    """Raise `RequestTooLarge` where so many rows of so many numbers are not to be written out."""
+    if count * width > MAX_DENSE_VALUES:
+        most = max(1, MAX_DENSE_VALUES // width)
+        raise RequestTooLarge(f"each row becomes {width} numbers in this model: ask for at most {most} rows at a time")
 
 
 def count_of(value: Any) -> int:

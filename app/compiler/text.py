@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from app.compiled.op import Op
-from app.compiled.text import MAX_NGRAM, MAX_PATTERN, CountTerms, Fields, Tfidf
+from app.compiled.text import MAX_NGRAM, CountTerms, Fields, Tfidf, is_linear
 from app.compiler.pipeline import checked, then
 from app.compiler.preprocessing import floats
 from app.compiler.translation import Flow, NotCompilable, transforms
@@ -36,8 +36,10 @@ def _terms(estimator: Any, flow: Flow) -> tuple[Op, Flow]:
         raise NotCompilable(f"its {name} has a function that only Python can compute")
     shortest, longest = (int(length) for length in estimator.ngram_range)
     pattern = estimator.token_pattern if estimator.analyzer == "word" else ""
-    if longest > MAX_NGRAM or len(pattern) > MAX_PATTERN:
+    if longest > MAX_NGRAM:
         raise NotCompilable(f"its {name} has terms that are too long")
+    if estimator.analyzer == "word" and not is_linear(pattern):
+        raise NotCompilable(f"its {name} has a token pattern that might take for ever on some texts")
     dtype = np.dtype(estimator.dtype).name
     if dtype in ("float32", "float16"):
         raise NotCompilable(f"its {name} counts in {dtype}, and scikit-learn would compute with as few digits")
