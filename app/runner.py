@@ -250,7 +250,10 @@ class Runner:
                 return
             self._lone = 0
         self._queue.append(job)
-        if not self._scheduled and self._computing is None:
+        if self._computing is not None:
+            if self._alarm is None:  # the thread computes for nobody any more, and may do so for long
+                self._set_alarm(job.deadline)
+        elif not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._flush)
 
@@ -322,8 +325,9 @@ class Runner:
         if self._untimed > 0:
             self._finish(jobs, self._outcome(jobs), None)
         else:
-            self._untimed = TIMED_EVERY
-            self._finish(jobs, *self._attempt(jobs))
+            outcome, seconds = self._attempt(jobs)
+            self._untimed = TIMED_EVERY if seconds <= INLINE_SECONDS else 0  # what holds up others is soon known
+            self._finish(jobs, outcome, seconds)
         self._done = perf_counter()
 
     async def _run(self) -> None:
@@ -346,7 +350,7 @@ class Runner:
             if self._queue:
                 self._scheduled = True
                 asyncio.get_running_loop().call_soon(self._flush)
-            elif self._retired:  # somebody asked after all
+            if self._retired:  # somebody asked after all
                 self.close()
 
     def _is_cheap(self, rows: int) -> bool:
@@ -359,8 +363,9 @@ class Runner:
         if not queue:
             return []
         now = perf_counter()
-        if len(queue) == 1 and queue[0].awaited and queue[0].deadline > now:
-            return [queue.popleft()]
+        first = queue[0]
+        if (len(queue) == 1 or first.alone or not self._rowwise) and first.awaited and first.deadline > now:
+            return [queue.popleft()]  # none of the others could be computed with it
         jobs: list[Job] = []
         count, most = 0, self._max_batch_rows
         later: list[Job] = []
@@ -453,8 +458,11 @@ class Runner:
 
     def _watch_deadlines(self) -> None:
         if self._alarm is None and self._batch:
-            delay = min(job.deadline for job in self._batch) - perf_counter()
-            self._alarm = asyncio.get_running_loop().call_later(max(0.0, delay), self._ring)
+            self._set_alarm(min(job.deadline for job in self._batch))
+
+    def _set_alarm(self, deadline: float) -> None:
+        delay = max(0.001, deadline - perf_counter())
+        self._alarm = asyncio.get_running_loop().call_later(delay, self._ring)
 
     def _ring(self) -> None:
         """Tell those whose time is over; look again when that of the next one is."""
@@ -466,8 +474,7 @@ class Runner:
         self._drop_unawaited()
         waiting = [job.deadline for job in (*self._batch, *self._queue) if job.awaited]
         if waiting and self._computing is not None:
-            delay = max(0.001, min(waiting) - now)
-            self._alarm = asyncio.get_running_loop().call_later(delay, self._ring)
+            self._set_alarm(min(waiting))
 
     def _expire(self, job: Job) -> None:
         self.counters.failed()

@@ -340,3 +340,16 @@ def test_expected_costs_never_fall_below_those_of_a_row(costs):
     assert all(pace.expected(rows) >= min(costs.values()) for rows in (1, 2, 63, 64, 65, 999, 5000, 10**7))
     assert pace.rows_within(0.0) == 1
     assert pace.rows_within(1e9) >= 1 << 19
+
+
+async def test_a_request_that_comes_after_all_others_were_given_up_has_a_deadline_too(gate):
+    runner = made(estimators.Gated(), timeout_seconds=0.05)
+    with pytest.raises(PredictionTimeout):
+        await ask(runner, [[1, 1, 1]])
+    async with asyncio.timeout(10):
+        with pytest.raises(PredictionTimeout):  # the thread still computes the first
+            await ask(runner, [[2, 2, 2]])
+
+    assert (runner.counters.requests, runner.counters.errors) == (2, 2)
+    gate.set()
+    await runner.retire()
