@@ -302,7 +302,7 @@ class DirectProtocol(DrainingProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection if it has been idle for so long: plain requests leave the alarm as it is."""
         self.timeout_keep_alive_task = None
-        if not self._ready:
+        if not self._ready and (self._stopping or not self._is_silent()):
             return  # a request is under way, whose answer sets the alarm again
         left = self._answered_at + self.timeout_keep_alive - perf_counter()
         if left > 0:

@@ -126,13 +126,18 @@ async def _abandon(job: _Promise, receive: Callable[[], Awaitable[Any]]) -> None
 
 
 class Target:
-    """One method of one model, with all of an answer's bytes that are the same each time."""
+    """One method of one model: what its batches cost, and all of an answer's bytes that are the same each time.
 
-    __slots__ = ("_classes", "_head", "_plain_tail", "method", "runner")
+    Methods may cost very different things, and another runtime may compute them. All begin with what the default one costs.
+    """
 
-    def __init__(self, runner: Runner, method: str) -> None:
+    __slots__ = ("_classes", "_head", "method", "pace", "runner", "untimed")
+
+    def __init__(self, runner: Runner, method: str, costs: Mapping[int, float] | None = None) -> None:
         self.runner = runner
         self.method = method
+        self.pace = Pace(costs)
+        self.untimed = 0  # how many batches in the event loop are not timed before the next that is
         model = runner.model
         names = orjson.dumps({"model": model.ref.name, "version": model.ref.version})
         self._head = names[:-1] + b',"predictions":'
@@ -199,6 +204,11 @@ def _between(known: Sequence[tuple[int, float]], rows: int) -> float:
     return max(before[1], before[1] + slope * (rows - before[0]))
 
 
+def _is_cheap(target: Target, rows: int) -> bool:
+    """Whether so many rows are computed in the event loop."""
+    return target.pace.measured and target.pace.expected(rows) <= INLINE_SECONDS
+
+
 class Runner:
     """Runs one model, in the event loop or on one thread of its own. Belongs to the event loop."""
 
@@ -215,9 +225,8 @@ class Runner:
         self.model = model
         self.counters = counters or Counters()
         self.intake = Intake(model.signature)
-        self.targets = {method: Target(self, method) for method in model.signature.methods}
+        self.targets = {method: Target(self, method, costs) for method in model.signature.methods}
         self.default = self.targets[model.signature.default_method]
-        self.pace = Pace(costs)
         self._rowwise = model.signature.rowwise
         self._max_batch_rows = max_batch_rows
         self._max_queue = max_queue
@@ -226,7 +235,6 @@ class Runner:
         self._scheduled = False  # the queue will be looked at in this turn of the event loop
         self._lone = 0  # how many batches of a single request there were since there was another
         self._done = 0.0  # when the latest batch in the event loop was, by perf_counter
-        self._untimed = 0
         self._computing: asyncio.Task[None] | None = None  # on the thread
         self._batch: list[Job] = []  # that the thread computes
         self._alarm: asyncio.TimerHandle | None = None
@@ -245,7 +253,7 @@ class Runner:
                 raise Overloaded(f"{self.model.ref.name} has {self._max_queue} requests waiting, which is the limit")
         job.deadline = job.started + self._timeout_seconds
         if self._lone >= LONE_BATCHES and not self._scheduled and self._computing is None:
-            if job.started - self._done > LONE_SECONDS and self._is_cheap(job.count):
+            if job.started - self._done > LONE_SECONDS and _is_cheap(job.target, job.count):
                 self._compute([job])  # nobody else is there to wait for
                 return
             self._lone = 0
@@ -271,7 +279,7 @@ class Runner:
         job.request_id = log.request_id.get()
         self.submit(job)
         watching = None
-        if receive is not None and (self._computing is not None or not self._is_cheap(count)):
+        if receive is not None and (self._computing is not None or not _is_cheap(target, count)):
             watching = loop.create_task(_abandon(job, receive))
         try:
             return await job.future
@@ -304,7 +312,7 @@ class Runner:
         self._scheduled = False
         spent = 0.0
         while jobs := self._next_batch():
-            if not self._is_cheap(sum(job.count for job in jobs)):
+            if not _is_cheap(jobs[0].target, sum(job.count for job in jobs)):
                 self._batch = jobs
                 self._computing = asyncio.get_running_loop().create_task(self._run())
                 return
@@ -321,12 +329,13 @@ class Runner:
 
     def _compute(self, jobs: list[Job]) -> None:
         """Compute a batch here and now. To know the time that it takes costs as much as a row, so not each is timed."""
-        self._untimed -= 1
-        if self._untimed > 0:
+        target = jobs[0].target
+        target.untimed -= 1
+        if target.untimed > 0:
             self._finish(jobs, self._outcome(jobs), None)
         else:
             outcome, seconds = self._attempt(jobs)
-            self._untimed = TIMED_EVERY if seconds <= INLINE_SECONDS else 0  # what holds up others is soon known
+            target.untimed = TIMED_EVERY if seconds <= INLINE_SECONDS else 0  # what holds up others is soon known
             self._finish(jobs, outcome, seconds)
         self._done = perf_counter()
 
@@ -338,7 +347,7 @@ class Runner:
                 outcome, seconds = await self._worker.run(self._attempt, jobs)
                 self._finish(jobs, outcome, seconds)
                 self._batch = self._next_batch()
-                if self._batch and self._is_cheap(sum(job.count for job in self._batch)):
+                if self._batch and _is_cheap(self._batch[0].target, sum(job.count for job in self._batch)):
                     self._queue.extendleft(reversed(self._batch))
                     self._batch = []
         finally:
@@ -352,10 +361,6 @@ class Runner:
                 asyncio.get_running_loop().call_soon(self._flush)
             if self._retired:  # somebody asked after all
                 self.close()
-
-    def _is_cheap(self, rows: int) -> bool:
-        """Whether so many rows are computed in the event loop."""
-        return self.pace.measured and self.pace.expected(rows) <= INLINE_SECONDS
 
     def _next_batch(self) -> list[Job]:
         """Take the oldest request that someone waits for, and those of its kind that fit beside it, in their order."""
@@ -379,8 +384,9 @@ class Runner:
                 continue
             if not jobs:
                 kind = self._kind(job)
-                if self.pace.measured and most > job.count:
-                    most = max(1, min(most, self.pace.rows_within(LATENCY_SECONDS)))
+                pace = job.target.pace
+                if pace.measured and most > job.count:
+                    most = max(1, min(most, pace.rows_within(LATENCY_SECONDS)))
             elif count + job.count > most or self._kind(job) != kind:
                 later.append(job)
                 continue
@@ -442,7 +448,7 @@ class Runner:
                 job.succeed(outcome, start, stop)
             start = stop
         if seconds is not None:
-            self.pace.learn(start, seconds)
+            jobs[0].target.pace.learn(start, seconds)
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, RequestError):

@@ -412,6 +412,19 @@ async def test_hundreds_of_connections_get_their_own_answers(pair):
     await asyncio.gather(*(ask(number) for number in range(300)))
 
 
+@pytest.mark.parametrize("command", [COMMAND, AS_ASGI])
+async def test_a_connection_is_not_kept_for_the_rest_of_a_request_that_was_answered(command, tmp_path):
+    unread = b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+    environment = {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(tmp_path), "ML_KEEP_ALIVE_SECONDS": "1"}
+    with running(environment, command=command) as service:
+        service.wait_live()
+        async with connected("127.0.0.1", service.port) as (reader, writer):
+            writer.write(unread)
+            answer = await asyncio.wait_for(reader.read(), 20)
+
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
 def test_the_commands_differ_in_the_protocol_only():
     assert COMMAND[-1] == "serve"
     assert "DrainingProtocol" in AS_ASGI[-1]

@@ -289,10 +289,21 @@ async def test_what_turns_out_to_be_expensive_leaves_the_event_loop():
     for _ in range(20):
         await ask(runner, [[1, 1, 1]])
 
-    assert runner.pace.expected(1) > INLINE_SECONDS
+    assert runner.default.pace.expected(1) > INLINE_SECONDS
     assert any(thread.name == "predict sum" for thread in threading.enumerate())
     await runner.retire()
     await no_thread("predict sum")
+
+
+async def test_an_expensive_method_does_not_hide_behind_a_cheap_one():
+    runner = made(estimators.Uneven(0.005), costs=CHEAP)
+    rows = rows_of(runner, [[1, 1, 1]])
+    for number in range(60):
+        await runner.predict(rows, "transform" if number % 10 == 0 else "predict")
+
+    assert runner.targets["transform"].pace.expected(1) > INLINE_SECONDS
+    assert runner.default.pace.expected(1) < INLINE_SECONDS
+    await runner.retire()
 
 
 async def test_a_batch_is_no_longer_than_the_latency_that_it_may_take(gate):
