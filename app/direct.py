@@ -264,11 +264,14 @@ class DirectProtocol(DrainingProtocol):
 
     def refuse(self, exchange: Exchange, status: int, body: bytes, headers: dict[str, str]) -> None:
         """Send an error."""
-        lines = [(b"x-request-id", (exchange.request_id or "").encode())]
+        self._send(exchange, self._error(status, body, headers, exchange.request_id or "", exchange.keep_alive))
+
+    def _error(self, status: int, body: bytes, headers: dict[str, str], request_id: str, keep_alive: bool) -> bytes:
+        lines = [(b"x-request-id", request_id.encode())]
         lines += [(name.encode(), value.encode()) for name, value in headers.items()]
         start = STATUS_LINE[status] + _lines(self.server_state.default_headers) + _JSON
-        close = b"" if exchange.keep_alive else _CLOSE
-        self._send(exchange, b"%b%d\r\n%b%b\r\n%b" % (start, len(body), _lines(lines), close, body))
+        close = b"" if keep_alive else _CLOSE
+        return b"%b%d\r\n%b%b\r\n%b" % (start, len(body), _lines(lines), close, body)
 
     def _send(self, exchange: Exchange, answer: bytes) -> None:
         exchange.response_started = exchange.response_complete = True
@@ -310,7 +313,7 @@ class DirectProtocol(DrainingProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection if it has been idle for so long: plain requests leave the alarm as it is."""
         self.timeout_keep_alive_task = None
-        if not self._ready:
+        if not self._ready and (self._stopping or not self._is_silent()):
             return  # a request is under way, whose answer sets the alarm again
         left = self._answered_at + self.timeout_keep_alive - perf_counter()
         if left > 0:
@@ -338,10 +341,14 @@ class DirectProtocol(DrainingProtocol):
 
     @override
     def give_up(self) -> None:
-        exchange = self._exchange
+        exchange, plan = self._exchange, self._plan
         if exchange is not None:
             exchange.awaited = exchange.keep_alive = False
             self.refuse(exchange, 503, STOPPING, {"retry-after": "5"})
+        elif plan is not None and not self.transport.is_closing():  # its body has not arrived
+            identity = plan.request_id or new_request_id()
+            self.transport.write(self._error(503, STOPPING, {"retry-after": "5"}, identity, keep_alive=False))
+            self.transport.close()
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:

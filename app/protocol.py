@@ -16,13 +16,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sized
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, override
 
 import httptools
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 if TYPE_CHECKING:
@@ -37,6 +38,22 @@ GARBAGE = "Invalid HTTP request received."
 STOPPING = b'{"error":"model_not_ready","detail":"the service stopped before it could answer: try again"}'
 
 
+class _Flow(FlowControl):
+    """uvicorn's flow control, but that nothing more is read while requests that were read already wait for their turn.
+
+    An application that asks whether its caller is still there would let the caller send without end.
+    """
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    @override
+    def resume_reading(self) -> None:
+        if not self._waiting:
+            super().resume_reading()
+
+
 class DrainingProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol, with an orderly end for connections that are kept alive."""
 
@@ -44,6 +61,12 @@ class DrainingProtocol(HttpToolsProtocol):
     _broken = False  # what came behind the latest request was no HTTP
     _offer: bytes | None = None  # the head of a request that offers another protocol, without the offer
     _last: RequestResponseCycle | None = None  # the request whose answer is to say that the connection closes
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Begin with a connection."""
+        super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
 
     @override
     def shutdown(self) -> None:

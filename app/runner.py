@@ -146,15 +146,18 @@ class CallerGone(Exception):
 
 
 class Target:
-    """One method of one model, with all of an answer's bytes that are the same each time.
+    """One method of one model: what its batches cost, and all of an answer's bytes that are the same each time.
 
+    Methods may cost very different things, and another runtime may compute them. All begin with what the default one costs.
     It refers to neither model nor runner: a connection keeps its latest request, which shall not keep a retired model.
     """
 
-    __slots__ = ("_classes", "_head", "method")
+    __slots__ = ("_classes", "_head", "method", "pace", "untimed")
 
-    def __init__(self, model: Model, method: str) -> None:
+    def __init__(self, model: Model, method: str, costs: Mapping[int, float] | None = None) -> None:
         self.method = method
+        self.pace = Pace(costs)
+        self.untimed = 0  # how many batches in the event loop are not timed before the next that is
         names = orjson.dumps({"model": model.ref.name, "version": model.ref.version})
         self._head = names[:-1] + b',"predictions":'
         classes = model.signature.classes
@@ -236,9 +239,8 @@ class Runner:
         self.model = model
         self.counters = counters or Counters()
         self.intake = Intake(model.signature)
-        self.targets = {method: Target(model, method) for method in model.signature.methods}
+        self.targets = {method: Target(model, method, costs) for method in model.signature.methods}
         self.default = self.targets[model.signature.default_method]
-        self.pace = Pace(costs)
         self._rowwise = model.signature.rowwise
         layout, inputs = model.signature.layout, model.signature.inputs
         self._has_texts = layout in ("text", "records") or any(spec.datatype == "BYTES" for spec in inputs)
@@ -249,7 +251,6 @@ class Runner:
         self._scheduled = False  # the queue will be looked at in this turn of the event loop
         self._lone = 0  # how many batches of a single request there were since there was another
         self._done = 0.0  # when the latest batch in the event loop was, by perf_counter
-        self._untimed = 0
         self._computing: asyncio.Task[None] | None = None  # on the thread
         self._batch: list[Job] = []  # that the thread computes
         self._alarm: asyncio.TimerHandle | None = None
@@ -273,7 +274,10 @@ class Runner:
                 return
             self._lone = 0
         self._queue.append(job)
-        if not self._scheduled and self._computing is None:
+        if self._computing is not None:
+            if self._alarm is None:  # the thread computes for nobody any more, and may do so for long
+                self._set_alarm(job.deadline)
+        elif not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._flush)
 
@@ -336,17 +340,19 @@ class Runner:
 
         `begun` is now, by perf_counter. Behind one that seemed long, the next is timed: it may be the machine that was busy.
         """
-        self._untimed -= 1
-        if self._untimed > 0:
+        target = jobs[0].target
+        target.untimed -= 1
+        if target.untimed > 0:
             self._finish(jobs, self._outcome(jobs), None)
         else:
             outcome, seconds = self._attempt(jobs)
-            usual = self.pace.expected(sum(job.count for job in jobs))
-            self._untimed = TIMED_EVERY if seconds < 2 * usual else 1  # what surprises is looked at again
+            target.untimed = TIMED_EVERY
+            if seconds >= 2 * target.pace.expected(sum(job.count for job in jobs)):
+                target.untimed = 1  # what surprises is looked at again
             self._finish(jobs, outcome, seconds)
         self._done = perf_counter()
         if self._done - begun > INLINE_SECONDS:
-            self._untimed = 0
+            target.untimed = 0
 
     async def _run(self) -> None:
         """Compute batches on the thread until one is cheap enough for the event loop, or none is left."""
@@ -368,15 +374,16 @@ class Runner:
             if self._queue:
                 self._scheduled = True
                 asyncio.get_running_loop().call_soon(self._flush)
-            elif self._retired:  # somebody asked after all
+            if self._retired:  # somebody asked after all
                 self.close()
 
     def _is_cheap(self, jobs: Sequence[Job]) -> bool:
         """Whether a batch is computed in the event loop. What a long text takes, its number of rows does not tell."""
-        if not self.pace.measured or (self._has_texts and sum(job.size for job in jobs) > INLINE_TEXT_BYTES):
+        pace = jobs[0].target.pace
+        if not pace.measured or (self._has_texts and sum(job.size for job in jobs) > INLINE_TEXT_BYTES):
             return False
         rows = jobs[0].count if len(jobs) == 1 else sum(job.count for job in jobs)
-        return self.pace.expected(rows) <= INLINE_SECONDS
+        return pace.expected(rows) <= INLINE_SECONDS
 
     def _next_batch(self) -> list[Job]:
         """Take the oldest request that someone waits for, and those of its kind that fit beside it, in their order."""
@@ -384,8 +391,9 @@ class Runner:
         if not queue:
             return []
         now = perf_counter()
-        if len(queue) == 1 and queue[0].awaited and queue[0].deadline > now:
-            return [queue.popleft()]
+        first = queue[0]
+        if (len(queue) == 1 or first.alone or not self._rowwise) and first.awaited and first.deadline > now:
+            return [queue.popleft()]  # none of the others could be computed with it
         jobs: list[Job] = []
         count, most = 0, self._max_batch_rows
         later: list[Job] = []
@@ -399,8 +407,9 @@ class Runner:
                 continue
             if not jobs:
                 kind = self._kind(job)
-                if self.pace.measured and most > job.count:
-                    most = max(1, min(most, self.pace.rows_within(LATENCY_SECONDS)))
+                pace = job.target.pace
+                if pace.measured and most > job.count:
+                    most = max(1, min(most, pace.rows_within(LATENCY_SECONDS)))
             elif count + job.count > most or self._kind(job) != kind:
                 later.append(job)
                 continue
@@ -462,7 +471,7 @@ class Runner:
                 job.succeed(outcome, start, stop)
             start = stop
         if seconds is not None:
-            self.pace.learn(start, seconds)
+            jobs[0].target.pace.learn(start, seconds)
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, RequestError):
@@ -478,8 +487,11 @@ class Runner:
 
     def _watch_deadlines(self) -> None:
         if self._alarm is None and self._batch:
-            delay = min(job.deadline for job in self._batch) - perf_counter()
-            self._alarm = asyncio.get_running_loop().call_later(max(0.0, delay), self._ring)
+            self._set_alarm(min(job.deadline for job in self._batch))
+
+    def _set_alarm(self, deadline: float) -> None:
+        delay = max(0.001, deadline - perf_counter())
+        self._alarm = asyncio.get_running_loop().call_later(delay, self._ring)
 
     def _ring(self) -> None:
         """Tell those whose time is over; look again when that of the next one is."""
@@ -491,8 +503,7 @@ class Runner:
         self._drop_unawaited()
         waiting = [job.deadline for job in (*self._batch, *self._queue) if job.awaited]
         if waiting and self._computing is not None:
-            delay = max(0.001, min(waiting) - now)
-            self._alarm = asyncio.get_running_loop().call_later(delay, self._ring)
+            self._set_alarm(min(waiting))
 
     def _expire(self, job: Job) -> None:
         self.counters.failed()

@@ -82,6 +82,13 @@ class Burning(Fitted):
         return np.asarray(rows).sum(axis=1)
 
 
+class Uneven(Burning):
+    """Predicts at once, and takes its time to transform."""
+
+    predict = Fitted.predict
+    transform = Burning.predict
+
+
 class LeavesAtOnce(Fitted):
     """Ends the process when it is read."""
 

@@ -343,6 +343,25 @@ async def test_a_program_of_a_later_release_is_not_even_looked_for(manager, stor
     assert not [call for call in storage.calls if "compiled/" in call[1]]
 
 
+@pytest.mark.parametrize(
+    "speeds",
+    [
+        {},
+        {"reference": {"1": float("nan")}, "compiled": {"1": float("inf")}},
+        {"reference": {"1": -1.0, "64": 0}, "compiled": {"1": 0, "64": -5}},
+        {"reference": {"0": 1, str(10**400): 1}, "compiled": {"-3": 1, str(10**400): 1e308}},
+    ],
+)
+async def test_strange_figures_of_what_it_takes_decide_nothing(manager, storage, speeds):
+    await manager.publish("a", draft())
+    await rewrite(manager, storage, lambda document: document["compiled"].update(microseconds_per_row=speeds))
+    manager.runtime = "every"
+    model = await load(manager)
+
+    assert model.runtime == "compiled+sklearn"
+    assert model.predict(model.signature.validate(X.tolist()), "predict").tolist() == SVC.predict(X).tolist()
+
+
 async def test_verify_runs_the_golden_rows_on_both(manager, storage):
     await manager.publish("a", draft())
     await manager.publish("b", draft(compile=False))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -339,9 +340,11 @@ def mutated(chosen: random.Random, seeds: Sequence[bytes]) -> bytes:
 
 
 async def test_a_client_that_does_not_read_is_not_answered_without_end(pair):
-    rows = 100
-    request = post(body(model="letters", method="predict_proba", instances=[[1.5, 2, 3]] * rows))
-    for service in pair:
+    quick = post(body(model="letters", method="predict_proba", instances=[[1.5, 2, 3]] * 100))
+    slow = post(
+        body(model="naps", instances=[[0, 0, 0]] * 100)
+    )  # a thread's: meanwhile it is looked whether somebody is there
+    for service, request in itertools.product(pair, (quick, slow)):
         with socket.create_connection(("127.0.0.1", service.port)) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.setblocking(False)
@@ -415,6 +418,19 @@ async def test_hundreds_of_connections_get_their_own_answers(pair):
                 assert not headers or b"x-request-id: %d-%d\r\n" % (number, step) in head
 
     await asyncio.gather(*(ask(number) for number in range(300)))
+
+
+@pytest.mark.parametrize("command", [COMMAND, AS_ASGI])
+async def test_a_connection_is_not_kept_for_the_rest_of_a_request_that_was_answered(command, tmp_path):
+    unread = b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+    environment = {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(tmp_path), "ML_KEEP_ALIVE_SECONDS": "1"}
+    with running(environment, command=command) as service:
+        service.wait_live()
+        async with connected("127.0.0.1", service.port) as (reader, writer):
+            writer.write(unread)
+            answer = await asyncio.wait_for(reader.read(), 20)
+
+    assert answer.startswith(b"HTTP/1.1 200")
 
 
 def test_the_commands_differ_in_the_protocol_only():

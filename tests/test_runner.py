@@ -292,10 +292,21 @@ async def test_what_turns_out_to_be_expensive_leaves_the_event_loop():
     for _ in range(20):
         await ask(runner, [[1, 1, 1]])
 
-    assert runner.pace.expected(1) > INLINE_SECONDS
+    assert runner.default.pace.expected(1) > INLINE_SECONDS
     assert any(thread.name == "predict sum" for thread in threading.enumerate())
     await runner.retire()
     await no_thread("predict sum")
+
+
+async def test_an_expensive_method_does_not_hide_behind_a_cheap_one():
+    runner = made(estimators.Uneven(0.005), costs=CHEAP)
+    rows = rows_of(runner, [[1, 1, 1]])
+    for number in range(60):
+        await runner.predict(rows, "transform" if number % 10 == 0 else "predict")
+
+    assert runner.targets["transform"].pace.expected(1) > INLINE_SECONDS
+    assert runner.default.pace.expected(1) < INLINE_SECONDS
+    await runner.retire()
 
 
 async def test_a_batch_is_no_longer_than_the_latency_that_it_may_take(gate):
@@ -348,15 +359,21 @@ def test_expected_costs_never_fall_below_those_of_a_row(costs):
     assert pace.rows_within(1e9) >= 1 << 19
 
 
+async def once(runner, **job):
+    promise = runner.promise(runner.default, None, 1, **job)
+    await promise.future
+    promise.leave()
+
+
 async def test_a_long_text_is_not_computed_in_the_event_loop_however_cheap_rows_are():
     texts = ["good film", "bad film"]
     estimator = make_pipeline(CountVectorizer(), LogisticRegression()).fit(texts, [1, 0])
     runner = made(estimator, costs=CHEAP)
     rows = runner.model.signature.validate(texts[:1])
 
-    await runner.ask(runner.default, 1, rows=rows, size=INLINE_TEXT_BYTES)
+    await once(runner, rows=rows, size=INLINE_TEXT_BYTES)
     assert all(thread.name != "predict sum" for thread in threading.enumerate())
-    await runner.ask(runner.default, 1, rows=rows, size=INLINE_TEXT_BYTES + 1)
+    await once(runner, rows=rows, size=INLINE_TEXT_BYTES + 1)
     assert any(thread.name == "predict sum" for thread in threading.enumerate())
     await runner.retire()
     await no_thread("predict sum")
@@ -364,7 +381,19 @@ async def test_a_long_text_is_not_computed_in_the_event_loop_however_cheap_rows_
 
 async def test_many_bytes_of_numbers_are_told_by_their_rows():
     runner = made(linear(1), costs=CHEAP)
-    await runner.ask(runner.default, 1, rows=rows_of(runner, [[1, 2, 3]]), size=10 * INLINE_TEXT_BYTES)
+    await once(runner, rows=rows_of(runner, [[1, 2, 3]]), size=10 * INLINE_TEXT_BYTES)
 
     assert all(thread.name != "predict sum" for thread in threading.enumerate())
+
+
+async def test_a_request_that_comes_after_all_others_were_given_up_has_a_deadline_too(gate):
+    runner = made(estimators.Gated(), timeout_seconds=0.05)
+    with pytest.raises(PredictionTimeout):
+        await ask(runner, [[1, 1, 1]])
+    async with asyncio.timeout(10):
+        with pytest.raises(PredictionTimeout):  # the thread still computes the first
+            await ask(runner, [[2, 2, 2]])
+
+    assert (runner.counters.requests, runner.counters.errors) == (2, 2)
+    gate.set()
     await runner.retire()

@@ -21,10 +21,10 @@ def logsumexp(values: Array) -> Array:
     largest = values.max(axis=1)
     is_largest = values == largest[:, None]
     count = is_largest.sum(axis=1)
-    largest = np.where(np.isfinite(largest), largest, 0.0)
-    rest = np.exp(np.where(is_largest, -np.inf, values) - largest[:, None]).sum(axis=1)
+    is_finite = np.isfinite(largest)
+    rest = np.exp(np.where(is_largest, -np.inf, values) - np.where(is_finite, largest, 0.0)[:, None]).sum(axis=1)
     found_: Array = np.log1p(rest / count) + np.log(count) + largest
-    return found_
+    return found_ if is_finite.all() else np.where(is_finite, found_, largest)
 
 
 @dataclass(frozen=True, eq=False)
