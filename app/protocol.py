@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Generator, Sized
+from collections.abc import Generator
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, override
@@ -41,16 +41,17 @@ STOPPING = b'{"error":"model_not_ready","detail":"the service stopped before it 
 class _Flow(FlowControl):
     """uvicorn's flow control, but that nothing more is read while requests that were read already wait for their turn.
 
-    An application that asks whether its caller is still there would let the caller send without end.
+    An application that asks whether its caller is still there would let the caller send without end. Once stopping, what is
+    there is read: a connection that is closed before would take answers along.
     """
 
-    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+    def __init__(self, transport: asyncio.Transport, protocol: DrainingProtocol) -> None:
         super().__init__(transport)
-        self._waiting = waiting
+        self._protocol = protocol
 
     @override
     def resume_reading(self) -> None:
-        if not self._waiting:
+        if not self._protocol.pipeline or self._protocol._stopping:
             super().resume_reading()
 
 
@@ -66,7 +67,7 @@ class DrainingProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin with a connection."""
         super().connection_made(transport)
-        self.flow = _Flow(transport, self.pipeline)
+        self.flow = _Flow(transport, self)
 
     @override
     def shutdown(self) -> None:

@@ -179,6 +179,25 @@ async def test_of_requests_sent_without_waiting_the_last_one_closes():
         await stopping
 
 
+async def test_nothing_more_is_read_while_requests_wait_for_their_turn():
+    app = Application(held=True)
+    async with served(app) as (server, sock), connected(*sock.getsockname()) as (reader, writer):
+        writer.write(GET % b"1" + GET % b"2" + GET % b"3")
+        await until(lambda: app.begun)
+        (connection,) = server.server_state.connections
+        connection.flow.resume_reading()  # as an application does that asks whether its caller is there
+        writer.write(GET % b"4" * 1000)
+        await asyncio.sleep(0.05)
+        assert len(connection.pipeline) == 2
+        app.go.set()
+        received = await reader.readexactly(len(b"HTTP/1.1 200 OK"))
+        while received.count(b"/4") < 1000:
+            received += await reader.read(65536)
+
+        assert [path for path, _ in answers(received)] == ["/1", "/2", "/3", *1000 * ["/4"]]
+        await server.shutdown([sock])
+
+
 async def test_an_answer_that_has_begun_keeps_the_promise_of_its_headers():
     app = Application()
     app.between.clear()
