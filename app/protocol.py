@@ -51,7 +51,8 @@ class _Flow(FlowControl):
 
     @override
     def resume_reading(self) -> None:
-        if not self._protocol.pipeline or self._protocol._stopping:
+        protocol = self._protocol
+        if not protocol.pipeline or protocol._stopping or protocol._broken:
             super().resume_reading()
 
 
@@ -99,7 +100,7 @@ class DrainingProtocol(HttpToolsProtocol):
                 self.send_400_response(GARBAGE)
             else:  # what came whole before it is answered first
                 self._broken = True
-                self.flow.pause_reading()
+                self.flow.resume_reading()  # to drop what comes behind: closed before, the connection would take answers along
 
     @override
     def on_headers_complete(self) -> None:
