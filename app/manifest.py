@@ -22,7 +22,6 @@ CHUNK_BYTES = 4 * 1024 * 1024
 MIN_CHUNK_BYTES = 4096
 MAX_MANIFEST_BYTES = 8 << 20  # golden rows of 512 KiB, a hundred thousand columns, the digests of 400 GB
 
-MAX_MEASURED_ROWS = 1 << 30
 
 COMPILED = "compiled"  # the role of the compiled form
 PROGRAM_FORMAT = "safetensors"  # of its artifact
@@ -105,14 +104,7 @@ class Compiled(BaseModel):
         Between two sizes that were measured, the change is where straight lines through the logarithms cross.
         """
         both = self.microseconds_per_row
-        # Whoever wrote the manifest may have written anything: what is no measurement decides nothing.
-        sizes = sorted(
-            size
-            for size in both.reference.keys() & both.compiled.keys()
-            if 0 < size <= MAX_MEASURED_ROWS
-            and math.isfinite(both.reference[size])
-            and math.isfinite(both.compiled[size])
-        )
+        sizes = sorted(both.reference.keys() & both.compiled.keys())
         gains = [
             (math.log(size), math.log(max(both.reference[size], 1e-9) / max(both.compiled[size], 1e-9)))
             for size in sizes

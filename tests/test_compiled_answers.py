@@ -101,7 +101,7 @@ async def answer(predictor: Predictor, request: dict[str, Any]) -> tuple[int, An
         await asyncio.Event().wait()
         raise AssertionError
 
-    got = await predictor.handle({"headers": [], "http_version": "1.1"}, receive, "a")
+    got = await predictor.handle({"headers": [], "http_version": "1.1"}, receive, "a", "it")
     assert got is not None
     return got.status, orjson.loads(got.body)
 

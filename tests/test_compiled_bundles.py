@@ -24,6 +24,7 @@ from app.errors import (
     CompiledUnreadable,
     DigestMismatch,
     GoldenMismatch,
+    InvalidManifest,
     UnusableModel,
     VersionExists,
     VersionMismatch,
@@ -346,15 +347,22 @@ async def test_a_program_of_a_later_release_is_not_even_looked_for(manager, stor
 @pytest.mark.parametrize(
     "speeds",
     [
-        {},
         {"reference": {"1": float("nan")}, "compiled": {"1": float("inf")}},
         {"reference": {"1": -1.0, "64": 0}, "compiled": {"1": 0, "64": -5}},
         {"reference": {"0": 1, str(10**400): 1}, "compiled": {"-3": 1, str(10**400): 1e308}},
     ],
 )
-async def test_strange_figures_of_what_it_takes_decide_nothing(manager, storage, speeds):
+async def test_figures_that_cannot_have_been_measured_are_refused(manager, storage, speeds):
     await manager.publish("a", draft())
     await rewrite(manager, storage, lambda document: document["compiled"].update(microseconds_per_row=speeds))
+
+    with pytest.raises(InvalidManifest, match="microseconds_per_row"):
+        await load(manager)
+
+
+async def test_without_figures_the_compiled_form_is_taken(manager, storage):
+    await manager.publish("a", draft())
+    await rewrite(manager, storage, lambda document: document["compiled"].update(microseconds_per_row={}))
     manager.runtime = "every"
     model = await load(manager)
 

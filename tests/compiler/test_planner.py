@@ -1,7 +1,6 @@
 """What is made of a fitted model at publish: a program, its figures, or the reason why there is none."""
 
 import io
-import math
 
 import numpy as np
 import pytest
@@ -140,9 +139,6 @@ def test_a_program_takes_what_a_process_of_its_own_is_measured_to_take():
         ({1: 1, 64: 10}, {1: 10, 64: 1}, [(1, False), (8, True)]),
         ({1: 1, 64: 1}, {1: 10, 64: 10}, [(1, False)]),
         ({}, {1: 1.0}, [(1, True)]),
-        ({1: math.nan, 64: 10, 1000: math.inf}, {1: 1, 64: 1, 1000: 1}, [(1, True)]),
-        ({1: 1, 10**400: 1e300}, {1: 10, 10**400: -1e300}, [(1, False)]),
-        ({1: 0.0, 64: 1e300}, {1: 1e300, 64: 0.0}, [(1, False), (8, True)]),
     ],
 )
 def test_the_change_from_one_runtime_to_the_other_lies_where_their_costs_cross(reference, compiled, expected):
