@@ -89,6 +89,7 @@ class Exchange(Job):
 
     message_event: ClassVar[_Unheard] = _Unheard()
     more_body: ClassVar[bool] = False
+    comes_at_once: ClassVar[bool] = True
 
     def __init__(self, protocol: DirectProtocol, target: Target, draft: Draft, size: int) -> None:
         super().__init__(target, len(draft), draft=draft, size=size)

@@ -16,7 +16,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import perf_counter, thread_time
-from typing import Any, override
+from typing import Any, ClassVar, override
 
 import numpy as np
 import orjson
@@ -71,6 +71,10 @@ class Job:
 
     `size` is that of the request's body in bytes. Whoever makes one says what happens with its outcome. `awaited` becomes false when its caller has gone or was answered.
     """
+
+    # Whether requests of one turn of the event loop come so close to each other that one which does not is known to be alone.
+    # What goes through an application's tasks does not.
+    comes_at_once: ClassVar[bool] = False
 
     __slots__ = ("alone", "awaited", "count", "deadline", "draft", "request_id", "rows", "size", "started", "target")
 
@@ -268,7 +272,7 @@ class Runner:
                 self.counters.failed()
                 raise Overloaded(f"{self.model.ref.name} has {self._max_queue} requests waiting, which is the limit")
         job.deadline = job.started + self._timeout_seconds
-        if self._lone >= LONE_BATCHES and not self._scheduled and self._computing is None:
+        if self._lone >= LONE_BATCHES and job.comes_at_once and not self._scheduled and self._computing is None:
             if job.started - self._done > LONE_SECONDS and self._is_cheap([job]):
                 self._compute([job], job.started)  # nobody else is there to wait for
                 return
