@@ -86,10 +86,11 @@ class View:
     def hear(self, service: dict[str, Any]) -> None:
         """Take what the supervisor tells of the processes.
 
-        As long as those of the first generation answer, which have no model, the service is not ready whoever is asked.
+        As long as those of the first generation are there, which have no model, the service is not ready whoever is asked: told to
+        leave, they still answer what has reached them.
         """
         self._service = service
-        first = any(it["generation"] == 0 and it["state"] == "serving" for it in service["processes"])
+        first = any(it["generation"] == 0 for it in service["processes"])
         self._registry.waits_for = "workers that have the models are taking over" if first else None
 
     def follow(self, told: Mapping[str, Any]) -> None:
