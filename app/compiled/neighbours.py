@@ -54,14 +54,14 @@ class Kernel(Op, kind="kernel"):
         # Distances by a product of matrices lose digits where the numbers are large beside their differences.
         centre = self.vectors.mean(axis=0) if len(self.vectors) else np.zeros(self.vectors.shape[1])
         vectors = self.vectors - centre
-        return centre, vectors.T, np.einsum("ij,ij->i", vectors, vectors)
+        return centre, vectors.T, squared_lengths(vectors)
 
     def _kernel(self, rows: Array) -> Array:
         if self.how == "rbf":
             centre, vectors, norms = self._centred
             rows = rows - centre
             squares = -2 * (rows @ vectors)
-            squares += np.einsum("ij,ij->i", rows, rows)[:, None]
+            squares += squared_lengths(rows)[:, None]
             squares += norms
             np.maximum(squares, 0, out=squares)
             squares *= -self.gamma
@@ -137,8 +137,7 @@ class Nearest(Op, kind="nearest"):
 
     @functools.cached_property
     def _norms(self) -> Array:
-        found_: Array = np.einsum("ij,ij->i", self.centres, self.centres)
-        return found_
+        return squared_lengths(self.centres)
 
     @override
     def run(self, value: Any) -> Array:
@@ -157,14 +156,13 @@ class Distances(Op, kind="distances"):
 
     @functools.cached_property
     def _norms(self) -> Array:
-        found_: Array = np.einsum("ij,ij->i", self.centres, self.centres)
-        return found_
+        return squared_lengths(self.centres)
 
     @override
     def run(self, value: Any) -> Array:
         rows = dense(value)
         found = -2 * (rows @ self.centres.T)
-        found += np.einsum("ij,ij->i", rows, rows)[:, None]
+        found += squared_lengths(rows)[:, None]
         found += self._norms
         np.maximum(found, 0, out=found)
         return np.sqrt(found, out=found)
@@ -186,7 +184,7 @@ class Neighbours(Op, kind="neighbours"):
     def _centred(self) -> tuple[Array, Array, Array]:
         centre = self.points.mean(axis=0)
         points = self.points - centre
-        return centre, points.T, np.einsum("ij,ij->i", points, points)
+        return centre, points.T, squared_lengths(points)
 
     @override
     def run(self, value: Any) -> tuple[Array, Array]:
@@ -309,3 +307,9 @@ class ColumnsOf(Op, kind="columns_of"):
             for output, labels in zip(self.outputs, self.labels, strict=True)
         ]
         return np.stack(found, axis=1)
+
+
+def squared_lengths(rows: Array) -> Array:
+    """Return the sum of squares of each row, shape (rows,), added up as scikit-learn does for distances."""
+    found: Array = np.einsum("ij,ij->i", rows, rows)
+    return found
