@@ -96,21 +96,25 @@ class Service:
         """Where it answers."""
         return f"http://{HOST}:{self.port}"
 
-    def post(self, path: str, body: bytes, seconds: float = 30.0) -> tuple[int, bytes]:
-        """Return the status and the body of an answer. Raises `OSError` or `HTTPException`."""
+    def ask(self, path: str, body: bytes | None = None, seconds: float = 30.0) -> tuple[int, bytes]:
+        """Return the status and the body of an answer, to a POST if there is a body. Raises `OSError` or `HTTPException`."""
         with contextlib.closing(http.client.HTTPConnection(HOST, self.port, timeout=seconds)) as connection:
-            connection.request("POST", path, body, {"content-type": "application/json"})
+            method = "GET" if body is None else "POST"
+            connection.request(method, path, body, {"content-type": "application/json"})
             answer = connection.getresponse()
             return answer.status, answer.read()
 
-    def answered(self, path: str, body: bytes) -> tuple[float, bytes]:
-        """Ask until it answers with 200; return the seconds since its start, and the answer. Raises `Failed`."""
+    def answered(self, path: str, body: bytes | None = None) -> tuple[float, bytes]:
+        """Ask until it answers with 200; return the seconds since its start, and the answer. Raises `Failed`.
+
+        With a body it is a POST, else a GET.
+        """
         last = "nothing"
         while (waited := time.perf_counter() - self.started) < START_SECONDS:
             if self._process.poll() is not None:
                 raise Failed(f"ended with exit code {self._process.returncode}: {self.log()}")
             try:
-                status, answer = self.post(path, body)
+                status, answer = self.ask(path, body)
             except (OSError, http.client.HTTPException) as error:
                 last = type(error).__name__
             else:

@@ -264,7 +264,7 @@ def _check(contender: Contender, service: Service, kind: str, question: Question
 def _asked(
     contender: Contender, service: Service, path: str, question: Question, rows: Sequence[object]
 ) -> tuple[bytes, int]:
-    status, answer = service.post(path, contender.body(question, rows))
+    status, answer = service.ask(path, contender.body(question, rows))
     if status != 200:
         raise contenders.WrongAnswer(f"{contender.name}: {status} {answer[:300]!r}")
     return answer, len(rows)

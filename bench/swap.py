@@ -95,6 +95,7 @@ def report(*, quick: bool = False) -> str:
                 path = SERVE.path.format(kind=KIND)
                 _, answer = service.answered(path, SERVE.body(question, requests[0].rows))
                 contenders.check(SERVE, SERVE.predictions(answer, 1), requests[0].expected)
+                service.answered("/health/ready")  # as a load balancer asks: before, some workers may have no model yet
                 say(f"swapping with {count} worker{'s' * (count > 1)}")
                 swaps = QUICK_SWAPS if quick else SWAPS
                 found.append(asyncio.run(_swap(service, server, path, bodies, on, count, swaps)))
