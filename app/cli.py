@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.errors import DisklessError, SettingsError, UnknownVersion, UnusableKey
-from app.settings import MAX_WORKERS, Settings, load_settings
+from app.settings import KEYS_MISSING, MAX_WORKERS, Settings, load_settings
 
 if TYPE_CHECKING:
     from app.doctor import Finding
@@ -120,6 +121,8 @@ def _tell(options: argparse.Namespace, document: dict[str, Any], *lines: str) ->
 def _serve(options: argparse.Namespace, settings: Settings) -> int:
     if options.workers is not None:
         settings = settings.model_copy(update={"workers": options.workers})
+    if options.require_keys and not settings.api_keys:
+        raise SettingsError([KEYS_MISSING.format(why="--require-keys was given")])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop_before_the_start)
     # Read by the libraries when they are first imported: more threads than cores only wait for each other.
@@ -127,14 +130,17 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
         os.environ[variable] = "1"
     from app import log
 
+    log.configure(settings.log_level, settings.log_format)
     if settings.workers > 1:
         from app import prefork
+        from app.auth import Access
 
         prefork.check(settings)
+        access = Access(settings.api_keys, settings.admin_keys)
+        logging.getLogger("diskless.server").info("access", extra={"fields": {"rules": access.described()}})
         # Where pyarrow is installed, pandas imports it, and its allocator starts a thread: what has two does not fork.
         os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
         prefork.start(settings, _listen(settings))
-    log.configure(settings.log_level)
     sock = _listen(settings)  # callers wait from here on, instead of being refused, while the rest is imported
     from app import protocol
     from app.direct import protocol_for
@@ -544,6 +550,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_worker_count,
         metavar="N",
         help="processes that answer; ML_WORKERS, else WEB_CONCURRENCY, else 1",
+    )
+    serve.add_argument(
+        "--require-keys", action="store_true", help="do not start without ML_API_KEYS; as ML_REQUIRE_KEYS=true"
     )
     serve.set_defaults(command=_serve)
 

@@ -11,6 +11,7 @@ request the next time, so then only the body is looked at.
 from __future__ import annotations
 
 import re
+import sys
 from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar, NamedTuple, override
@@ -18,33 +19,39 @@ from typing import Any, ClassVar, NamedTuple, override
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from app import log
-from app.api import errors
-from app.api.predict import REQUEST_ID, Predictor, new_request_id
-from app.errors import Overloaded, RequestError
+from app.api import compression, errors
+from app.api.predict import GZIPPED, REQUEST_ID, SMALL_BODY_BYTES, Predictor, new_request_id, read_timeout
+from app.auth import ANYONE, Caller
+from app.errors import Overloaded, RateLimited, RequestError, Unauthorized
 from app.intake import Draft
+from app.observer import Record
 from app.protocol import STOPPING, DrainingProtocol
 from app.runner import Job, Result, Target
 
 PATH = re.compile(rb"/(?:predict|models/([A-Za-z0-9._-]{1,100})/predict)\Z")
 MAX_HEADS = 512
 MAX_HEAD_BYTES = 1024
-_NEVER_PLAIN = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
+_NEVER_PLAIN = frozenset((b"transfer-encoding", b"expect", b"upgrade", b"content-encoding"))
+_DIFFERS = frozenset((b"x-request-id", b"traceparent"))  # in every request: such a head does not come again
 _SECRET = re.compile(rb"auth|cookie|key|token|secret|passw|session|signature|credential")  # in a header's name
 _BOUNDARY = b"\r\n\r\n"
 _JSON = b"content-type: application/json\r\ncontent-length: "
 _CLOSE = b"connection: close\r\n"
+_GZIPPED = b"".join(b"%b: %b\r\n" % header for header in GZIPPED)
 
 
 class Plan(NamedTuple):
     """What the head of a plain request says: the model that its path names, the body's length in bytes, its request id.
 
-    It is `secret` where a header may be a caller's secret.
+    Who calls, and for how many seconds it waits at most, where it says so; whether it takes gzip.
     """
 
     name: str | None
     length: int
     request_id: str | None
-    secret: bool = False
+    caller: Caller = ANYONE
+    timeout: float | None = None
+    takes_gzip: bool = False
 
 
 class Shared:
@@ -52,16 +59,24 @@ class Shared:
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
+        self.observer = predictor.observer
         self.heads: dict[bytes, Plan] = {}
+        # By Python's keyed hash (SipHash, 64 bits) instead of the bytes: they are not kept, and never compared byte by byte.
+        self.secret_heads: dict[int, Plan] = {}
         self._headers: Any = None
         self._start = b""
 
-    def remember(self, head: bytes, plan: Plan) -> None:
-        """Take note that these bytes, and no fewer, are the head of such a request."""
-        if plan.request_id is None and not plan.secret and head.count(b"\n") == head.count(b"\r\n"):
-            if len(self.heads) >= MAX_HEADS:
-                self.heads.clear()
+    def remember(self, head: bytes, plan: Plan, *, secret: bool) -> None:
+        """Take note that these bytes, and no fewer, are the head of such a request; `secret` where a key may be in it."""
+        if head.count(b"\n") != head.count(b"\r\n"):
+            return
+        if len(self.heads) + len(self.secret_heads) >= MAX_HEADS:
+            self.heads.clear()
+            self.secret_heads.clear()
+        if not secret:
             self.heads[head] = plan
+        elif sys.flags.hash_randomization:  # else anyone could say what the hash will be
+            self.secret_heads[hash(head)] = plan
 
     def start(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """Return how an answer with status 200 begins. uvicorn makes its own headers anew every second."""
@@ -85,15 +100,16 @@ class _Unheard:
 class Exchange(Job):
     """A plain request and its answer. To uvicorn it is what a request and its ASGI application are otherwise."""
 
-    __slots__ = ("disconnected", "keep_alive", "protocol", "response_complete", "response_started", "scope")
+    __slots__ = ("disconnected", "keep_alive", "plan", "protocol", "response_complete", "response_started", "scope")
 
     message_event: ClassVar[_Unheard] = _Unheard()
     more_body: ClassVar[bool] = False
     comes_at_once: ClassVar[bool] = True
 
-    def __init__(self, protocol: DirectProtocol, target: Target, draft: Draft, size: int) -> None:
+    def __init__(self, protocol: DirectProtocol, plan: Plan, target: Target, draft: Draft, size: int) -> None:
         super().__init__(target, len(draft), draft=draft, size=size)
         self.protocol = protocol
+        self.plan = plan
         self.scope = protocol.scope
         self.keep_alive = True
         self.response_started = self.response_complete = self.disconnected = False
@@ -109,7 +125,7 @@ class Exchange(Job):
 
     @override
     def fail(self, error: RequestError) -> None:
-        self.protocol.refuse(self, *errors.encode(error))
+        self.protocol.refuse(self, *errors.encode(error), code=error.code)
 
     def _broken(self, error: Exception) -> None:
         token = log.request_id.set(self.request_id)
@@ -118,7 +134,7 @@ class Exchange(Job):
             answer = errors.internal()
         finally:
             log.request_id.reset(token)
-        self.protocol.refuse(self, *answer)
+        self.protocol.refuse(self, *answer, code="internal_error")
 
 
 class DirectProtocol(DrainingProtocol):
@@ -143,8 +159,9 @@ class DirectProtocol(DrainingProtocol):
             end = data.find(_BOUNDARY) + 4
             if end >= 4 and not self.flow.write_paused:
                 head = data[:end]
-                plan = self._shared.heads.get(head)
-                if plan is None:
+                shared = self._shared
+                plan = shared.heads.get(head)
+                if plan is None and (plan := shared.secret_heads.get(hash(head))) is None:
                     if end <= MAX_HEAD_BYTES and data.startswith(b"POST /"):
                         self._head = head
                 elif len(data) - end == plan.length:
@@ -179,10 +196,8 @@ class DirectProtocol(DrainingProtocol):
     def on_headers_complete(self) -> None:
         head, self._head = self._head, None
         if self._may_be_plain:
-            self._plan = self._read_plan()
+            self._plan = self._read_plan(head)
             if self._plan is not None:
-                if head is not None:
-                    self._shared.remember(head, self._plan)
                 return
         super().on_headers_complete()
 
@@ -209,50 +224,81 @@ class DirectProtocol(DrainingProtocol):
             self.cycle.body += body
             super().on_message_complete()
 
-    def _read_plan(self) -> Plan | None:
-        """Return what the headers that were just read say, if they are those of a plain request."""
+    def _read_plan(self, head: bytes | None) -> Plan | None:
+        """Return what the headers that were just read say, if they are those of a plain request; `head` is all of them as it came."""
         parser = self.parser
         match = PATH.match(self.url)
         if match is None or parser.get_method() != b"POST" or parser.get_http_version() != "1.1":
             return None
         if self._stopping or not parser.should_keep_alive() or parser.should_upgrade():
             return None
+        predictor = self._shared.predictor
         length: int | None = None
         request_id: str | None = None
-        secret = False
+        timeout: float | None = None
+        takes_gzip = secret = differs = False
         for name, value in self.headers:
             if name == b"content-length":
                 if length is not None or not value.isdigit() or len(value) > 15:
                     return None
                 length = int(value)
-            elif name == b"x-request-id":
-                text = value.decode("latin-1")
-                if request_id is None and REQUEST_ID.match(text):
-                    request_id = text
+            elif name in _DIFFERS:
+                differs = True
+                if name == b"x-request-id" and request_id is None:
+                    text = value.decode("latin-1")
+                    request_id = text if REQUEST_ID.match(text) else None
+            elif name == b"x-request-timeout":
+                if timeout is not None or (timeout := read_timeout(value)) is None:
+                    return None
+            elif name == b"accept-encoding":
+                takes_gzip = takes_gzip or compression.is_accepted(value)
             elif name in _NEVER_PLAIN:
                 return None
             elif _SECRET.search(name):
                 secret = True
-        if length is None or length > self._shared.predictor.max_body_bytes:
+        if length is None or length > predictor.max_body_bytes:
             return None
-        return Plan(match[1].decode() if match[1] is not None else None, length, request_id, secret)
+        if takes_gzip and length > SMALL_BODY_BYTES:
+            return None  # its answer may be large, too: that is compressed on a thread
+        try:
+            caller = predictor.access.to_predict(self.headers)
+        except Unauthorized:
+            return None
+        name_in_path = match[1].decode() if match[1] is not None else None
+        plan = Plan(name_in_path, length, request_id, caller, timeout, takes_gzip)
+        if head is not None and not differs:
+            self._shared.remember(head, plan, secret=secret)
+        return plan
 
     def _begin(self, plan: Plan, body: bytes) -> bool:
         """Queue a plain request; return whether it is one."""
         if self._stopping:
             return False
+        observer = self._shared.observer
+        observer.countdown -= 1
+        record = observer.begin("predict", plan.request_id or new_request_id()) if observer.countdown <= 0 else None
         asked = self._shared.predictor.plain(body, plan.name)
         if asked is None:
+            if record is not None:
+                observer.countdown = 0  # the next one, which this will be on its other way
             return False
         runner, target, draft = asked
-        exchange = Exchange(self, target, draft, len(body))
-        exchange.request_id = plan.request_id or new_request_id()
+        exchange = Exchange(self, plan, target, draft, len(body))
         self._ready = False
         self._exchange = exchange
         self.cycle = exchange  # type: ignore[assignment]  # it has what uvicorn asks of one
+        if record is None:
+            exchange.request_id = plan.request_id or new_request_id()
+        else:
+            exchange.request_id, exchange.record = record.request_id, record
+            self._describe(record, exchange)
+        if plan.timeout is not None:
+            exchange.timeout = plan.timeout
         try:
+            if plan.caller.bucket is not None:
+                plan.caller.spend()
             runner.submit(exchange)
-        except Overloaded as error:
+        except (Overloaded, RateLimited) as error:
             exchange.fail(error)
         return True
 
@@ -261,11 +307,29 @@ class DirectProtocol(DrainingProtocol):
         start = self._shared.start(self.server_state.default_headers)
         close = b"" if exchange.keep_alive else _CLOSE
         identity = (exchange.request_id or "").encode()
+        if len(body) >= compression.MIN_BYTES and exchange.plan.takes_gzip and len(body) <= compression.THREAD_BYTES:
+            body = compression.compress(body)
+            close += _GZIPPED
         self._send(exchange, b"%b%d\r\nx-request-id: %b\r\n%b\r\n%b" % (start, len(body), identity, close, body))
+        if exchange.record is not None:
+            self._shared.observer.tell(exchange.record, 200)
 
-    def refuse(self, exchange: Exchange, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def refuse(
+        self, exchange: Exchange, status: int, body: bytes, headers: dict[str, str], code: str | None = None
+    ) -> None:
         """Send an error."""
         self._send(exchange, self._error(status, body, headers, exchange.request_id or "", exchange.keep_alive))
+        record = exchange.record
+        if record is None:
+            record = Record("predict", exchange.request_id or "", began=exchange.started)
+            self._describe(record, exchange)
+        record.code = code
+        self._shared.observer.tell(record, status)
+
+    def _describe(self, record: Record, exchange: Exchange) -> None:
+        record.submitted = exchange.started
+        record.caller = exchange.plan.caller.name
+        record.model, record.version, record.rows = exchange.target.name, exchange.target.version, exchange.count
 
     def _error(self, status: int, body: bytes, headers: dict[str, str], request_id: str, keep_alive: bool) -> bytes:
         lines = [(b"x-request-id", request_id.encode())]
@@ -345,7 +409,7 @@ class DirectProtocol(DrainingProtocol):
         exchange, plan = self._exchange, self._plan
         if exchange is not None:
             exchange.awaited = exchange.keep_alive = False
-            self.refuse(exchange, 503, STOPPING, {"retry-after": "5"})
+            self.refuse(exchange, 503, STOPPING, {"retry-after": "5"}, "model_not_ready")
         elif plan is not None and not self.transport.is_closing():  # its body has not arrived
             identity = plan.request_id or new_request_id()
             self.transport.write(self._error(503, STOPPING, {"retry-after": "5"}, identity, keep_alive=False))

@@ -38,7 +38,8 @@ DisklessError
     ├── InvalidJson, InvalidRequest, InvalidInput, RequestTooLarge
     ├── Unauthorized, Forbidden
     ├── ModelNotFound, ModelNotReady, BucketUnreadable
-    └── Overloaded, PredictionFailed, PredictionTimeout
+    ├── UnsupportedEncoding
+    └── Overloaded, RateLimited, PredictionFailed, PredictionTimeout
 """
 
 from __future__ import annotations
@@ -269,6 +270,12 @@ class Forbidden(RequestError):
     code = "forbidden"
 
 
+class UnsupportedEncoding(RequestError):
+    """The body is compressed in a way that is not known here."""
+
+    code = "unsupported_encoding"
+
+
 class ModelNotFound(RequestError):
     """No such model, version or alias is served."""
 
@@ -297,6 +304,19 @@ class Overloaded(RequestError):
 
     code = "overloaded"
     retry_after_seconds = 1
+
+
+class RateLimited(RequestError):
+    """The caller has sent more requests than its key may: at most `requests` in `seconds`."""
+
+    code = "rate_limited"
+
+    def __init__(self, requests: int, seconds: int, *, pause_seconds: int) -> None:
+        period = "second" if seconds == 1 else f"{seconds} seconds"
+        super().__init__(f"this key may send {requests} requests a {period}, and has: try again later")
+        self.requests = requests
+        self.seconds = seconds
+        self.retry_after_seconds = pause_seconds
 
 
 class PredictionFailed(RequestError):

@@ -30,12 +30,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, override
 
 from app import errors, log
+from app.auth import ANYONE
 from app.bundle import Bundle
 from app.channel import Channel, Closed, Message
 from app.errors import BundleError, DisklessError, LoadFailed
 from app.forked import outcome_fields, prepared, serve
 from app.gate import Gate
-from app.main import assemble, runner_maker
+from app.main import access_of, assemble, runner_maker
 from app.memory import trim_heap
 from app.model import Model
 from app.model_storage import Checked, ModelStorageManager, check, load, settled
@@ -114,7 +115,8 @@ class Line:
             load=self._load,
         )
         self._view = View(self._registry, tally)
-        app = assemble(settings, self._manager, self._registry, self._view)
+        access = access_of(settings, tally.spent)
+        app = assemble(settings, self._manager, self._registry, self._view, access)
         asyncio.run(_rehearsed(app))
         self._config = prepared(app, keep_alive_seconds=settings.keep_alive_seconds)
         self._rows: dict[tuple[str, str, str | None], int] = {}
@@ -446,7 +448,7 @@ def begin(
 
     Without a model its workers answer that they are alive, and why they are not ready.
     """
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, settings.log_format)
     try:
         line = Line(settings, sock, channel, tally, generation=generation)
         while True:
@@ -471,13 +473,16 @@ async def _rehearsed(app: Any) -> None:
     async def send(message: dict[str, Any]) -> None:
         del message
 
+    app.predictor.observer.is_muted = True
     for method, path in _REHEARSED * REHEARSALS:
         scope: dict[str, Any] = {
             **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"},
             **{"method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""},
             **{"headers": [(b"host", b"localhost")], "client": None, "server": None, "state": {}},
+            "diskless.caller": ANYONE,
         }
         await app(scope, receive, send)
+    app.predictor.observer.is_muted = False
 
 
 def _exit(code: int) -> NoReturn:

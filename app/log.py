@@ -1,9 +1,10 @@
-"""Logs: one JSON object a line on stdout, with the id of the request that it belongs to."""
+"""Logs: one line an event on stdout, as JSON or logfmt, with the id of the request that it belongs to."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 import traceback
@@ -13,34 +14,62 @@ from typing import Any, override
 import orjson
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+_PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # visible ASCII without '"', '=' and '\\'
+
+
+def _line(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what a line says: time, level, logger, event, what `extra={"fields": …}` gave, the error."""
+    line: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "event": record.getMessage(),
+    }
+    if (current := request_id.get()) is not None:
+        line["request_id"] = current
+    line |= getattr(record, "fields", {})
+    if record.exc_info and record.exc_info[1] is not None:
+        line["error"] = "".join(traceback.format_exception(record.exc_info[1]))
+    return line
 
 
 class JsonFormatter(logging.Formatter):
-    """Write a record as one line of JSON: time, level, logger, event, what `extra={"fields": …}` gave, the error."""
+    """Write a record as one line of JSON."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-        }
-        if (current := request_id.get()) is not None:
-            line["request_id"] = current
-        line |= getattr(record, "fields", {})
-        if record.exc_info and record.exc_info[1] is not None:
-            line["error"] = "".join(traceback.format_exception(record.exc_info[1]))
+        line = _line(record)
         try:
             return orjson.dumps(line, default=str).decode()
         except TypeError:  # a lone surrogate, a huge integer, a key that is no string: rare, and still one line
             return json.dumps(line, default=str, skipkeys=True)
 
 
-def configure(level: str) -> None:
-    """Send every log of the process to stdout, in this form, from `level` on."""
+class LogfmtFormatter(logging.Formatter):
+    """Write a record as one line of `name=value`. What is not a plain word is quoted as JSON quotes it."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return " ".join(f"{_word(name)}={_value(value)}" for name, value in _line(record).items())
+
+
+def _word(name: object) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", str(name)) or "_"
+
+
+def _value(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, dict | list | tuple):
+        value = json.dumps(value, default=str, skipkeys=True)
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def configure(level: str, form: str = "json") -> None:
+    """Send every log of the process to stdout, as `json` or `logfmt`, from `level` on."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(LogfmtFormatter() if form == "logfmt" else JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, MutableSequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__
-from app.api import errors, health, openapi, status
+from app.api import compression, errors, health, openapi, status
 from app.api.predict import Front, Predictor
+from app.auth import Access
 from app.model import Model
 from app.model_storage import ModelStorageManager
+from app.observer import Observer
 from app.refresher import Refresher
 from app.registry import Registry
 from app.runner import Runner
 from app.settings import Settings, load_settings
 from app.view import View
+
+logger = logging.getLogger("diskless.server")
 
 
 def create_app(settings: Settings | None = None) -> Front:
@@ -36,8 +42,11 @@ def create_app(settings: Settings | None = None) -> Front:
         swap_policy=settings.swap_policy,
     )
 
+    access = access_of(settings)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        logger.info("access", extra={"fields": {"rules": access.described()}})
         async with manager.storage:
             refresher.start()
             try:
@@ -45,13 +54,18 @@ def create_app(settings: Settings | None = None) -> Front:
             finally:
                 await refresher.stop()
 
-    return assemble(settings, manager, registry, refresher, lifespan)
+    return assemble(settings, manager, registry, refresher, access, lifespan)
 
 
 @asynccontextmanager
 async def no_lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Do nothing at the start and at the end: somebody else looks at the bucket."""
     yield
+
+
+def access_of(settings: Settings, cells: MutableSequence[float] | None = None) -> Access:
+    """Return who may call what; `cells` are shared by the processes that count what callers have spent."""
+    return Access(settings.api_keys, settings.admin_keys, rate=settings.rate_limit, cells=cells)
 
 
 def runner_maker(settings: Settings) -> Callable[[Model, Mapping[int, float] | None], Runner]:
@@ -74,6 +88,7 @@ def assemble(
     manager: ModelStorageManager,
     registry: Registry,
     watch: Refresher | View,
+    access: Access,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] = no_lifespan,
 ) -> Front:
     """Return the ASGI application that answers from a registry, and tells of what `watch` sees."""
@@ -86,8 +101,15 @@ def assemble(
         redirect_slashes=False,  # a redirect would name the host that the caller named, and http behind a TLS proxy
         exception_handlers=errors.HANDLERS,
     )
-    predictor = Predictor(registry, max_body_bytes=settings.max_body_bytes, max_rows=settings.max_rows)
+    predictor = Predictor(
+        registry,
+        access,
+        Observer(sample=settings.access_log_sample),
+        max_body_bytes=settings.max_body_bytes,
+        max_rows=settings.max_rows,
+    )
+    api.add_middleware(GZipMiddleware, minimum_size=compression.MIN_BYTES, compresslevel=compression.LEVEL)
     api.include_router(openapi.router(predictor))
-    api.include_router(status.router(settings, manager, registry, watch))
+    api.include_router(status.router(settings, manager, registry, watch, access))
     api.include_router(health.router(registry))
     return Front(predictor, api, registry)

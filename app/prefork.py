@@ -497,6 +497,7 @@ def start(settings: Settings, sock: socket.socket) -> NoReturn:
         "workers": settings.workers,
         "drain_seconds": settings.drain_seconds,
         "log_level": settings.log_level,
+        "log_format": settings.log_format,
     }
     os.set_inheritable(sock.fileno(), True)
     given = sys.orig_argv[1:]
@@ -508,7 +509,7 @@ def start(settings: Settings, sock: socket.socket) -> NoReturn:
 
 def main(words: Mapping[str, Any]) -> int:
     """Be the supervisor, as `start` has said; return the exit code."""
-    log.configure(words["log_level"])
+    log.configure(words["log_level"], words["log_format"])
     sock = socket.socket(fileno=words["socket"])
     return Supervisor(sock, workers=words["workers"], drain_seconds=words["drain_seconds"]).run()
 

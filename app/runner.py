@@ -26,6 +26,7 @@ from app.counters import Counters
 from app.errors import Overloaded, PredictionFailed, PredictionTimeout, RequestError
 from app.intake import Draft, Intake
 from app.model import Model, Prediction, part_of, wire
+from app.observer import Record
 from app.signature import Rows
 from app.worker import Worker
 
@@ -76,7 +77,10 @@ class Job:
     # What goes through an application's tasks does not.
     comes_at_once: ClassVar[bool] = False
 
-    __slots__ = ("alone", "awaited", "count", "deadline", "draft", "request_id", "rows", "size", "started", "target")
+    __slots__ = (
+        *("alone", "awaited", "count", "deadline", "draft", "record", "request_id"),
+        *("rows", "size", "started", "target", "timeout"),
+    )
 
     def __init__(
         self, target: Target, count: int, *, draft: Draft | None = None, rows: Rows | None = None, size: int = 0
@@ -87,6 +91,8 @@ class Job:
         self.draft = draft
         self.rows = rows
         self.request_id: str | None = None
+        self.record: Record | None = None  # where it will be told of
+        self.timeout: float | None = None  # seconds that its caller waits, where those are fewer than others do
         self.started = perf_counter()
         self.deadline = 0.0  # by perf_counter, in seconds
         self.awaited = True
@@ -156,9 +162,10 @@ class Target:
     It refers to neither model nor runner: a connection keeps its latest request, which shall not keep a retired model.
     """
 
-    __slots__ = ("_classes", "_head", "method", "pace", "untimed")
+    __slots__ = ("_classes", "_head", "method", "name", "pace", "untimed", "version")
 
     def __init__(self, model: Model, method: str, costs: Mapping[int, float] | None = None) -> None:
+        self.name, self.version = model.ref.name, model.ref.version
         self.method = method
         self.pace = Pace(costs)
         self.untimed = 0  # how many batches in the event loop are not timed before the next that is
@@ -258,6 +265,7 @@ class Runner:
         self._computing: asyncio.Task[None] | None = None  # on the thread
         self._batch: list[Job] = []  # that the thread computes
         self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = 0.0  # by perf_counter
         self._worker = Worker(f"predict {model.ref.name}")
         self._retired = False
 
@@ -271,7 +279,10 @@ class Runner:
             if len(self._queue) >= self._max_queue:
                 self.counters.failed()
                 raise Overloaded(f"{self.model.ref.name} has {self._max_queue} requests waiting, which is the limit")
-        job.deadline = job.started + self._timeout_seconds
+        seconds = self._timeout_seconds
+        if job.timeout is not None and job.timeout < seconds:
+            seconds = job.timeout
+        job.deadline = job.started + seconds
         if self._lone >= LONE_BATCHES and job.comes_at_once and not self._scheduled and self._computing is None:
             if job.started - self._done > LONE_SECONDS and self._is_cheap([job]):
                 self._compute([job], job.started)  # nobody else is there to wait for
@@ -279,19 +290,33 @@ class Runner:
             self._lone = 0
         self._queue.append(job)
         if self._computing is not None:
-            if self._alarm is None:  # the thread computes for nobody any more, and may do so for long
+            # Without one the thread computes for nobody any more, and may do so for long.
+            if self._alarm is None or job.deadline < self._alarm_at:
                 self._set_alarm(job.deadline)
         elif not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._flush)
 
-    def promise(self, target: Target, request_id: str | None, count: int, **rows: Any) -> Promise:
+    def promise(
+        self,
+        target: Target,
+        request_id: str | None,
+        count: int,
+        *,
+        timeout: float | None = None,
+        record: Record | None = None,
+        **rows: Any,
+    ) -> Promise:
         """Submit a job that can be waited for. Its future raises `PredictionTimeout`, and what `Model.predict` raises.
 
         Whoever gets it must `leave` it at the end. Raises `Overloaded`.
         """
         job = Promise(asyncio.get_running_loop().create_future(), target, count, **rows)
         job.request_id = request_id
+        job.timeout = timeout
+        if record is not None:
+            job.record = record
+            record.submitted = job.started
         self.submit(job)
         job.takes_time = self._computing is not None or (job.awaited and not self._is_cheap([job]))
         return job
@@ -347,13 +372,13 @@ class Runner:
         target = jobs[0].target
         target.untimed -= 1
         if target.untimed > 0:
-            self._finish(jobs, self._outcome(jobs), None)
+            self._finish(jobs, self._outcome(jobs), None, begun)
         else:
             outcome, seconds = self._attempt(jobs)
             target.untimed = TIMED_EVERY
             if seconds >= 2 * target.pace.expected(sum(job.count for job in jobs)):
                 target.untimed = 1  # what surprises is looked at again
-            self._finish(jobs, outcome, seconds)
+            self._finish(jobs, outcome, seconds, begun)
         self._done = perf_counter()
         if self._done - begun > INLINE_SECONDS:
             target.untimed = 0
@@ -363,8 +388,9 @@ class Runner:
         try:
             while jobs := self._batch:
                 self._watch_deadlines()
+                begun = perf_counter()
                 outcome, seconds = await self._worker.run(self._attempt, jobs)
-                self._finish(jobs, outcome, seconds)
+                self._finish(jobs, outcome, seconds, begun)
                 self._batch = self._next_batch()
                 if self._batch and self._is_cheap(self._batch):
                     self._queue.extendleft(reversed(self._batch))
@@ -453,7 +479,7 @@ class Runner:
         except BaseException as error:  # a SystemExit, from the code of somebody's model, would end the event loop
             return RuntimeError(f"{type(error).__name__} was raised: {error}")
 
-    def _finish(self, jobs: Sequence[Job], outcome: Result | Exception, seconds: float | None) -> None:
+    def _finish(self, jobs: Sequence[Job], outcome: Result | Exception, seconds: float | None, begun: float) -> None:
         """Hand a batch's outcome to its jobs. Of a batch that failed, each job is put back to be run alone."""
         now = perf_counter()
         counters = self.counters
@@ -464,6 +490,8 @@ class Runner:
                     job.alone = True
                 self._queue.extendleft(reversed(jobs))
             elif jobs[0].awaited:
+                if jobs[0].record is not None:
+                    jobs[0].record.computing, jobs[0].record.computed = begun, now
                 self._fail(jobs[0], outcome)
             return
         start = 0
@@ -471,6 +499,8 @@ class Runner:
             stop = start + job.count
             if job.awaited:
                 job.awaited = False
+                if job.record is not None:
+                    job.record.computing, job.record.computed = begun, now
                 counters.answered(job.count, now - job.started)
                 job.succeed(outcome, start, stop)
             start = stop
@@ -495,6 +525,9 @@ class Runner:
 
     def _set_alarm(self, deadline: float) -> None:
         delay = max(0.001, deadline - perf_counter())
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = deadline
         self._alarm = asyncio.get_running_loop().call_later(delay, self._ring)
 
     def _ring(self) -> None:
@@ -512,7 +545,7 @@ class Runner:
     def _expire(self, job: Job) -> None:
         self.counters.failed()
         job.awaited = False
-        job.fail(PredictionTimeout(f"no answer within {self._timeout_seconds:g} s"))
+        job.fail(PredictionTimeout(f"no answer within {job.deadline - job.started:.6g} s"))
 
     def _drop_unawaited(self) -> None:
         """Let go of what nobody waits for: it shall take no one's place."""

@@ -33,9 +33,10 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from app import seal
+from app import keys, seal
 from app.errors import InvalidName, SettingsError
 from app.names import COMPANION_ROLES, check_name
+from app.rates import Rate
 from app.trust import Trust
 
 R2_HOST = ".r2.cloudflarestorage.com"
@@ -45,6 +46,10 @@ HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9a-f:.]+")  # a name or an IPv4 address; 
 VISIBLE_ASCII = re.compile(r"[!-~]+")
 MAX_WORKERS = 256
 MAX_SHOWN = 60  # characters of a value that an error line shows
+KEYS_MISSING = (
+    "ML_API_KEYS is missing: {why}, so set a key for each caller, as in ann:SECRET, made with "
+    "`python -c 'import secrets; print(secrets.token_urlsafe(32))'`"
+)
 R2_KEYS = ("R2_ACCESS_KEY_ID", "R2_SECRET_ACCESS_KEY")
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
@@ -103,6 +108,16 @@ def _keys(value: Any) -> Any:
     return seal.parse_trusted_keys(value) if isinstance(value, str) else value
 
 
+def _caller_keys(kind: str) -> Any:
+    return BeforeValidator(lambda value: keys.parse(value, kind) if isinstance(value, str) else value)
+
+
+def _rate(value: Any) -> Any:
+    return Rate.parse(value) if isinstance(value, str) else value
+
+
+CallerKeys = Annotated[tuple[keys.Key, ...], NoDecode, _caller_keys("key")]
+AdminKeys = Annotated[tuple[keys.Key, ...], NoDecode, _caller_keys("admin")]
 Types = Annotated[frozenset[str], NoDecode, BeforeValidator(_types)]
 Keys = Annotated[seal.TrustedKeys, NoDecode, BeforeValidator(_keys)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
@@ -263,6 +278,26 @@ class Settings(BaseSettings):
         description="when a new version does not fit beside the old one: `keep` the old, or drop it first and `replace` it",
     )
 
+    # Who may call
+    api_keys: CallerKeys = _env(
+        "ML_API_KEYS",
+        default=(),
+        description="keys for predictions and the status: `ann:SECRET,bob:sha256:DIGEST`; unset: anyone may predict",
+    )
+    admin_keys: AdminKeys = _env(
+        "ML_ADMIN_KEYS",
+        default=(),
+        description="keys for all of that, and for refreshing and the metrics; unset: nobody may do those",
+    )
+    require_keys: bool = _env(
+        "ML_REQUIRE_KEYS", default=False, description="`true`: do not start without `ML_API_KEYS`"
+    )
+    rate_limit: Annotated[Rate | None, NoDecode, BeforeValidator(_rate)] = _env(
+        "ML_RATE_LIMIT",
+        default=None,
+        description="predictions that each of `ML_API_KEYS` may ask for: `100/s`, `6000/m`; unset: any number",
+    )
+
     # Requests
     max_body_bytes: int = _env(
         "ML_MAX_BODY_BYTES", default=16 * 1024 * 1024, ge=1024, description="largest request body"
@@ -273,7 +308,11 @@ class Settings(BaseSettings):
     )
     max_queue: int = _env("ML_MAX_QUEUE", default=1000, ge=1, description="most requests waiting for one model")
     predict_timeout_seconds: float = _env(
-        "ML_PREDICT_TIMEOUT_SECONDS", default=20.0, gt=0, le=600, description="from a request's arrival to its answer"
+        "ML_PREDICT_TIMEOUT_SECONDS",
+        default=20.0,
+        gt=0,
+        le=600,
+        description="from a request's last byte to its answer; a shorter `X-Request-Timeout` holds",
     )
 
     # The process
@@ -297,6 +336,14 @@ class Settings(BaseSettings):
     drain_seconds: int = _env(
         "ML_DRAIN_SECONDS", default=25, ge=1, le=3600, description="after `SIGTERM`, for what is in flight"
     )
+    log_format: Literal["json", "logfmt"] = _env("ML_LOG_FORMAT", default="json", description="form of a log line")
+    access_log_sample: float = _env(
+        "ML_ACCESS_LOG_SAMPLE",
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of the answered requests that are logged; those that are refused or fail always are",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _env(
         "ML_LOG_LEVEL", default="info", description="least level logged"
     )
@@ -316,7 +363,9 @@ class Settings(BaseSettings):
         assert isinstance(dotenv_settings, EnvSettingsSource)
         return init_settings, _Variables(settings_cls, {**dotenv_settings.env_vars, **env_settings.env_vars})
 
-    @field_validator("jurisdiction", "log_level", "version_policy", "runtime", "swap_policy", mode="before")
+    @field_validator(
+        "jurisdiction", "log_level", "log_format", "version_policy", "runtime", "swap_policy", mode="before"
+    )
     @classmethod
     def _in_any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
@@ -464,6 +513,10 @@ def load_settings() -> Settings:
                 "`python -m app keygen` printed, or nothing could be loaded"
             ]
         )
+    if settings.require_keys and not settings.api_keys:
+        raise SettingsError([KEYS_MISSING.format(why="ML_REQUIRE_KEYS is true")])
+    if settings.rate_limit is not None and not settings.api_keys:
+        raise SettingsError(["ML_RATE_LIMIT needs ML_API_KEYS: it holds for each key; set keys, or remove the limit"])
     if settings.mode is not Mode.LOCAL:
         settings.r2  # noqa: B018 - to refuse the start, not the first request
     return settings

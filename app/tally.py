@@ -11,6 +11,7 @@ from collections.abc import MutableSequence
 from typing import cast
 
 from app.counters import Counters
+from app.rates import MAX_CALLERS
 
 ROWS = 4096  # versions that are counted at a time; untouched rows take no memory
 GENERATIONS = 4  # whose workers may be there at the same time, the older ones on their way out
@@ -24,6 +25,8 @@ class Tally:
         self._workers = workers
         self._memory = mmap.mmap(-1, ROWS * self._seats * Counters.CELLS * 8)
         self._cells = memoryview(self._memory).cast("Q")
+        # for each caller when its tokens will all be there again: `app/rates.py`
+        self.spent = cast(MutableSequence[float], memoryview(mmap.mmap(-1, 8 * MAX_CALLERS)).cast("d"))
 
     def seat(self, generation: int, number: int) -> int:
         """Return where worker `number` of a generation counts."""

@@ -13,6 +13,7 @@ import http.client
 import importlib.metadata
 import json
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -182,9 +183,11 @@ def _serve(signals: Signals, settings: Settings, port: int, requests: dict[str, 
             environment |= {"HOST": HOST, "PORT": str(port), "ML_REQUIRED_MODELS": ",".join(METHODS)}
             if "log_level" not in settings.model_fields_set:
                 environment["ML_LOG_LEVEL"] = "warning"  # the lines below are to be seen
+            key = secrets.token_urlsafe(24)  # another each time: it opens nothing but this demo
+            environment["ML_ADMIN_KEYS"] = f"demo:{key}"
             service = processes.start("app", "serve", environment=environment)
-            _wait_until_ready(service, port)
-        _show(port, requests)
+            _wait_until_ready(service, port, key)
+        _show(port, requests, key)
         raise Failed(f"The service ended with exit code {service.wait()}.", service.returncode)
 
 
@@ -227,7 +230,10 @@ def _fingerprint() -> dict[str, str]:
 
 def _environment(server: s3.S3Server, identity: s3.Credentials) -> dict[str, str]:
     """Return this environment with the local bucket in it, and without what could lead anywhere else."""
-    away = ("R2_", "AWS_", "CLOUDFLARE_", "DYNO", "FORCE_R2", "ML_COMPANIONS")
+    away = (
+        *("R2_", "AWS_", "CLOUDFLARE_", "DYNO", "FORCE_R2", "ML_COMPANIONS"),
+        *("ML_API_KEYS", "ML_ADMIN_KEYS", "ML_REQUIRE_KEYS", "ML_RATE_LIMIT"),
+    )
     return {name: value for name, value in os.environ.items() if not name.startswith(away)} | {
         "R2_ENDPOINT_URL": server.endpoint_url,
         "R2_BUCKET": server.bucket,
@@ -249,7 +255,7 @@ def _request(name: str, row: dict[str, Any]) -> str:
     return json.dumps(body, separators=(",", ":"))
 
 
-def _wait_until_ready(service: subprocess.Popen[str], port: int) -> None:
+def _wait_until_ready(service: subprocess.Popen[str], port: int, key: str) -> None:
     """Return when all models are served. Raises `Failed` when the service ends, `Damaged` when they will not be."""
     deadline = time.monotonic() + READY_WITHIN_SECONDS
     reason = "it does not answer"
@@ -257,7 +263,7 @@ def _wait_until_ready(service: subprocess.Popen[str], port: int) -> None:
         if service.poll() is not None:
             raise Failed(f"The service ended with exit code {service.returncode}.", service.returncode or 1)
         with contextlib.suppress(OSError):
-            status = json.loads(_call(port, "GET", "/models/status")[1])
+            status = json.loads(_call(port, "GET", "/models/status", key=key)[1])
             if status["ready"]:
                 return
             reason = status["reason"]
@@ -268,7 +274,7 @@ def _wait_until_ready(service: subprocess.Popen[str], port: int) -> None:
     raise Damaged(f"The service is not ready: {reason}.")
 
 
-def _show(port: int, requests: Mapping[str, str]) -> None:
+def _show(port: int, requests: Mapping[str, str], key: str) -> None:
     """Print the addresses, and for each model a request, after it was answered."""
     url = f"http://{HOST}:{port}"
     lines = []
@@ -277,14 +283,16 @@ def _show(port: int, requests: Mapping[str, str]) -> None:
         if status != 200:
             raise Damaged(f"The service does not answer for {name}: {status} {answer}")
         lines.append(f"curl -s {url}/predict -H 'content-type: application/json' -d {shlex.quote(body)}\n")
-    print(f"\nServing {', '.join(requests)} on {url}\nDocumentation: {url}/docs  State: {url}/models/status\n")
+    print(f"\nServing {', '.join(requests)} on {url}\nDocumentation: {url}/docs")
+    print(f"State: curl -s {url}/models/status -H 'x-api-key: {key}'\n")
     print("Each of these works as it is:\n", *lines, "Ctrl-C stops everything.", sep="\n", flush=True)
 
 
-def _call(port: int, method: str, path: str, body: str | None = None) -> tuple[int, str]:
+def _call(port: int, method: str, path: str, body: str | None = None, *, key: str | None = None) -> tuple[int, str]:
     """Return the status and the body of an answer. Not urllib, which might ask a proxy for it."""
     with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=30)) as connection:
-        connection.request(method, path, body, {"content-type": "application/json"})
+        headers = {"content-type": "application/json"} | ({"x-api-key": key} if key else {})
+        connection.request(method, path, body, headers)
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
 

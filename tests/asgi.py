@@ -12,13 +12,15 @@ import httpx
 from app.api.predict import Front
 from app.main import create_app
 from app.settings import Settings
+from tests.service import ADMIN_KEY, AS_ADMIN
 from tests.trusted import TRUST
 
 
 @asynccontextmanager
 async def application(**variables: Any) -> AsyncIterator[Front]:
     """Run the application from its start-up to its shutdown, with settings given as variables."""
-    app = create_app(Settings(**{"ML_TRUSTED_TYPES": ",".join(TRUST.types)} | variables))
+    ours = {"ML_TRUSTED_TYPES": ",".join(TRUST.types), "ML_ADMIN_KEYS": f"tests:{ADMIN_KEY}"}
+    app = create_app(Settings(**ours | variables))
     inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     task = asyncio.create_task(
@@ -35,7 +37,7 @@ async def application(**variables: Any) -> AsyncIterator[Front]:
 
 
 def client(app: Any, **options: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, **options), base_url="http://service")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, **options), base_url="http://service", headers=AS_ADMIN)
 
 
 async def ready(app: Front) -> None:

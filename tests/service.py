@@ -20,6 +20,8 @@ import httpx
 from tests.trusted import TRUST
 
 ROOT = Path(__file__).parent.parent
+ADMIN_KEY = "the-administrator-of-the-tests"
+AS_ADMIN = {"x-api-key": ADMIN_KEY}
 COMMAND = (sys.executable, "-m", "app", "serve")
 
 
@@ -41,7 +43,8 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The machine's environment without what configures the service, and what a test sets. Our own code is trusted."""
     ours = ("R2_", "AWS_", "ML_", "CLOUDFLARE_", "DYNO", "FORCE_R2", "PORT", "HOST", "WEB_CONCURRENCY")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {"PYTHONPATH": str(ROOT), "ML_TRUSTED_TYPES": ",".join(TRUST.types)} | dict(extra)
+    ours_too = {"ML_TRUSTED_TYPES": ",".join(TRUST.types), "ML_ADMIN_KEYS": f"tests:{ADMIN_KEY}"}
+    return kept | {"PYTHONPATH": str(ROOT)} | ours_too | dict(extra)
 
 
 class Service:
@@ -66,7 +69,7 @@ class Service:
             stderr=subprocess.STDOUT,
             start_new_session=own_group,
         )
-        self.client = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.client = httpx.Client(base_url=self.url, headers=AS_ADMIN, timeout=30, trust_env=False)
 
     def log(self) -> str:
         self._log.flush()

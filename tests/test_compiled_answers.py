@@ -35,9 +35,11 @@ from threadpoolctl import threadpool_limits
 
 from app import inspection
 from app.api.predict import Predictor
+from app.auth import Access
 from app.compiler import planner
 from app.model import Model
 from app.model_storage import ModelStorageManager, load_checked
+from app.observer import Observer
 from app.registry import Entry, Registry, Slot, Snapshot, State
 from app.runner import Runner
 from app.storage.local import LocalStorage
@@ -86,7 +88,7 @@ def predicting(model: Model, costs: Any) -> Iterator[Predictor]:
     slot = Slot(model.ref, runner=runner, state=State.READY)
     registry.swap(Snapshot({"a": Entry({"1": slot}, {"production": "1"}, {"production": "1"})}))
     try:
-        yield Predictor(registry, max_body_bytes=1 << 20, max_rows=1000)
+        yield Predictor(registry, Access(), Observer(), max_body_bytes=1 << 20, max_rows=1000)
     finally:
         runner.close()
 

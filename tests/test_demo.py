@@ -20,6 +20,7 @@ import pytest
 
 from demo import s3
 from demo.models import MODELS, churn_data
+from tests.service import ADMIN_KEY, AS_ADMIN
 
 ROOT = Path(__file__).parent.parent
 READY = "Ctrl-C stops everything."
@@ -168,8 +169,10 @@ def test_each_printed_line_works_when_pasted_into_a_shell(first_run, name):
     assert json.loads(done.stdout)["model"] == name
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_service_may_only_read_its_bucket(first_run):
-    status = httpx.get(f"http://127.0.0.1:{first_run.port}/models/status").json()
+    line = next(line for line in first_run.output.splitlines() if line.startswith("State: curl "))
+    status = json.loads(subprocess.run(shlex.split(line)[1:], capture_output=True, check=True).stdout)
     identities = json.loads((first_run.folder / ".demo" / "s3" / "identities.json").read_text())["identities"]
     reader = next(identity for identity in identities if identity["name"] == "reader")
 
@@ -288,12 +291,13 @@ def test_with_a_bucket_in_the_environment_that_bucket_is_served(tmp_path):
             "R2_BUCKET": "mine",
             "R2_ACCESS_KEY_ID": server.reader.access_key_id,
             "R2_SECRET_ACCESS_KEY": server.reader.secret_access_key,
+            "ML_ADMIN_KEYS": ADMIN_KEY,
         }
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".env").write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
         transport = httpx.HTTPTransport(retries=8)  # with growing pauses, about a minute in all
         with Demo(tmp_path / "run") as demo, httpx.Client(transport=transport) as client:
-            status = client.get(f"http://127.0.0.1:{demo.port}/models/status").json()
+            status = client.get(f"http://127.0.0.1:{demo.port}/models/status", headers=AS_ADMIN).json()
 
     assert status["storage"]["location"] == f"R2 bucket mine at {server.endpoint_url}"
     assert "serving your bucket, and no demo" in demo.output

@@ -25,8 +25,10 @@ from sklearn.preprocessing import StandardScaler
 from uvicorn.server import ServerState
 
 from app.api.predict import Predictor
+from app.auth import Access
 from app.direct import DirectProtocol, Shared
 from app.model_storage import ModelStorageManager
+from app.observer import Observer
 from app.protocol import configuration
 from app.registry import Registry
 from app.storage.local import LocalStorage
@@ -449,8 +451,8 @@ def test_the_commands_differ_in_the_protocol_only():
         (b"X-Session-Token: x", False),
     ],
 )
-async def test_heads_with_somebodys_secret_are_not_kept(header, is_kept):
-    shared = Shared(Predictor(Registry(), max_body_bytes=100, max_rows=10))
+async def test_of_heads_with_somebodys_secret_only_hashes_are_kept(header, is_kept):
+    shared = Shared(Predictor(Registry(), Access(), Observer(), max_body_bytes=100, max_rows=10))
     config = configuration(_nothing, keep_alive_seconds=5)
     config.load()
     state = ServerState()
@@ -468,6 +470,7 @@ async def test_heads_with_somebodys_secret_are_not_kept(header, is_kept):
         await writer.wait_closed()
 
     assert list(shared.heads) == [head] * is_kept
+    assert list(shared.secret_heads) == [hash(head)] * (not is_kept)
 
 
 async def _nothing(scope: Any, receive: Any, send: Any) -> None:

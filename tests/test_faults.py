@@ -41,7 +41,7 @@ from tests import faults
 from tests.asgi import application, client, ready
 from tests.faults import FOR_EVER, Answer, Fault, FaultyProxy
 from tests.repository import ROWS, Served, draft, dumped, linear
-from tests.service import r2_environment, running
+from tests.service import AS_ADMIN, r2_environment, running
 
 ATTEMPTS = 2
 CHUNK_BYTES = 4096
@@ -854,7 +854,7 @@ async def test_a_process_boots_when_what_hung_answers_and_goes_on_when_an_artifa
         done, seen = threading.Event(), Counter()
 
         def ask() -> None:
-            with httpx.Client(base_url=process.url, timeout=30, trust_env=False) as asking:
+            with httpx.Client(base_url=process.url, headers=AS_ADMIN, timeout=30, trust_env=False) as asking:
                 while not done.is_set():
                     answer = asking.post("/predict", json={"model": "a", "instances": INSTANCES})
                     assert answer.status_code == 200, answer.text

@@ -22,7 +22,7 @@ from app.model_storage import ModelStorageManager
 from app.storage.r2 import R2Storage
 from tests import estimators
 from tests.repository import ROWS, classifier, draft, dumped, expected, linear, put, scaler
-from tests.service import COMMAND, Service, clean_environment, r2_environment, running
+from tests.service import AS_ADMIN, COMMAND, Service, clean_environment, r2_environment, running
 from tests.trusted import TRUST
 
 ONE = [[1.0, 1.0, 1.0]]
@@ -154,7 +154,7 @@ def each_worker(service: Service) -> Iterator[tuple[int, httpx.Client]]:
     end = time.monotonic() + 30
     while missing:
         assert time.monotonic() < end, f"{missing} did not answer"
-        with httpx.Client(base_url=service.url, trust_env=False) as client:
+        with httpx.Client(base_url=service.url, headers=AS_ADMIN, trust_env=False) as client:
             pid = client.get("/models/status").json()["workers"]["pid"]
             if pid in missing:
                 missing.remove(pid)

@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from app import log
-from app.errors import DisklessError, RequestError
+from app.errors import DisklessError, RateLimited, RequestError, Unauthorized, UnsupportedEncoding
+from app.observer import Record
 
 logger = logging.getLogger("diskless.api")
 
@@ -25,8 +26,10 @@ STATUS = {
     "forbidden": 403,
     "model_not_found": 404,
     "request_too_large": 413,
+    "unsupported_encoding": 415,
     "invalid_input": 422,
     "overloaded": 429,
+    "rate_limited": 429,
     "request_failed": 500,
     "internal_error": 500,
     "prediction_failed": 500,
@@ -77,6 +80,13 @@ def encode(error: RequestError) -> tuple[int, bytes, dict[str, str]]:
     """Return an error's status, its body as JSON, and the headers it adds."""
     pause = error.retry_after_seconds
     headers = {} if pause is None else {"retry-after": str(pause)}
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    elif isinstance(error, UnsupportedEncoding):
+        headers["accept-encoding"] = "gzip"  # as RFC 9110, 12.5.3 has it for answers
+    elif isinstance(error, RateLimited):  # draft-ietf-httpapi-ratelimit-headers-10
+        headers["ratelimit-policy"] = f'"requests";q={error.requests};w={error.seconds}'
+        headers["ratelimit"] = f'"requests";r=0;t={pause}'
     return STATUS[error.code], _dumps(error.body()), headers
 
 
@@ -95,8 +105,13 @@ def json_response(status: int, body: bytes, headers: Mapping[str, str] | None = 
 
 async def on_error(request: Request, error: Exception) -> Response:
     """Answer an error of ours that a FastAPI route raised, or anything else that one did."""
+    record: Record | None = request.scope.get("diskless.record")
     if isinstance(error, RequestError):
+        if record is not None:
+            record.code = error.code
         return json_response(*encode(error))
+    if record is not None:
+        record.code = "internal_error"
     logger.error("a route failed", exc_info=error, extra={"fields": {"path": request.url.path}})
     return json_response(*internal())
 
@@ -105,6 +120,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     """Answer what Starlette raises itself (no such route, no such method) in the same form."""
     assert isinstance(error, HTTPException)
     code = _BY_STATUS.get(error.status_code, "request_failed")
+    if (record := request.scope.get("diskless.record")) is not None:
+        record.code = code
     body = _dumps({"error": code, "detail": f"{request.method} {shown(request.url.path)}: {error.detail}"})
     headers = dict(error.headers or {})
     if "Allow" in headers:

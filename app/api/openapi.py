@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from app.api.errors import STATUS, json_response, responses
 from app.api.predict import FIELDS, Predictor, request_id
+from app.observer import Record
 
 _ROW = {"oneOf": [{"type": "object"}, {"type": "array", "items": {}}, {"type": "string"}]}
 _PROPERTIES: dict[str, Any] = {
@@ -78,7 +79,8 @@ def router(predictor: Predictor) -> APIRouter:
 
 
 async def _through_fastapi(predictor: Predictor, request: Request, name: str | None) -> Response:
-    answer = await predictor.handle(request.scope, request.receive, name, request_id(request.scope))
+    record = request.scope.get("diskless.record") or Record("predict", request_id(request.scope))
+    answer = await predictor.handle(request.scope, request.receive, name, record)
     if answer is None:
         return Response(status_code=499)  # nobody is there to read it
     return json_response(answer.status, answer.body, answer.headers)

@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import orjson
 
 from app import log
-from app.api import errors
+from app.api import compression, errors
+from app.auth import Access
 from app.errors import InvalidInput, InvalidJson, InvalidRequest, ModelNotFound, RequestError, RequestTooLarge
 from app.intake import Draft, open_envelope
+from app.observer import Observer, Record
 from app.registry import Registry
 from app.runner import CallerGone, Runner, Target
 from app.signature import Rows
@@ -31,6 +33,8 @@ FIELDS = ("model", "instances", "method", "version", "alias")
 PATH = re.compile(r"/models/([^/]+)/predict\Z")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,200}\Z")
 DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that its sender gets to see the refusal
+SMALL_BODY_BYTES = 64 * 1024  # of a request that is refused unread: so much more is taken for the connection to go on
+TIMEOUT = re.compile(rb"\d{1,6}(\.\d{1,6})?\Z")
 MAX_LABEL = 100  # characters of a model name, a version, an alias; no method's name is longer
 
 Scope = MutableMapping[str, Any]
@@ -46,16 +50,21 @@ class Answer(NamedTuple):
 
 
 class Predictor:
-    """Answers prediction requests from a registry, within limits on bytes and rows.
+    """Answers prediction requests from a registry, within limits on bytes and rows, and tells an observer of them.
 
     Most requests are plain: they have the usual fields, and rows that a decoder made for the model can check. `plain` takes
     those. All others go the careful way of `decode`, which finds out what is wrong with them, if anything is.
     """
 
-    def __init__(self, registry: Registry, *, max_body_bytes: int, max_rows: int) -> None:
+    def __init__(
+        self, registry: Registry, access: Access, observer: Observer, *, max_body_bytes: int, max_rows: int
+    ) -> None:
+        self.access = access
+        self.observer = observer
         self.max_body_bytes = max_body_bytes
         self.max_rows = max_rows
         self._registry = registry
+        self._decompressor = compression.Decompressor(max_body_bytes)
 
     def plain(self, body: bytes, name: str | None = None) -> tuple[Runner, Target, Draft] | None:
         """Return who computes a plain request, what it asks for, and its validated rows; None for any other request, right or wrong."""
@@ -82,8 +91,8 @@ class Predictor:
             return None
         return runner, target, draft
 
-    def decode(self, body: bytes, name: str | None) -> tuple[Runner, Target, Rows]:
-        """Parse and validate any request. Raises the `RequestError` that says what is wrong with it."""
+    def decode(self, body: bytes, name: str | None, record: Record) -> tuple[Runner, Target, Rows]:
+        """Parse and validate any request; `record` learns whose it is. Raises the `RequestError` that says what is wrong with it."""
         try:
             request = orjson.loads(body)
         except orjson.JSONDecodeError as error:
@@ -109,6 +118,7 @@ class Predictor:
             raise InvalidRequest("give version or alias, not both")
         runner = self._registry.get(model if name is None else name, version=version, alias=alias)
         signature = runner.model.signature
+        record.model, record.version = runner.model.ref
         method = _text(request, "method") or signature.default_method
         if method not in signature.methods:
             raise InvalidRequest(
@@ -121,15 +131,17 @@ class Predictor:
             raise
         return runner, runner.targets[method], rows
 
-    async def handle(self, scope: Scope, receive: Any, name: str | None, identity: str) -> Answer | None:
-        """Answer an ASGI request with the request id `identity`; `name` is the model that the path named, if it did.
+    async def handle(self, scope: Scope, receive: Any, name: str | None, record: Record) -> Answer | None:
+        """Answer an ASGI request; `name` is the model that the path named, if it did. `record` learns what it came to.
 
         None when the caller has gone.
         """
+        unread = True
         try:
-            for key, value in scope["headers"]:  # what announces itself as too large is not read at all
-                if key == b"content-length" and value.isdigit() and int(value[:19]) > self.max_body_bytes:
-                    raise self._too_large(f"{value[:19].decode()} bytes")
+            caller = self.access.to_predict(scope["headers"])
+            record.caller = caller.name
+            caller.spend()
+            timeout, compressed = self._read_headers(scope["headers"])
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body", False):
                 body = message.get("body", b"")
@@ -137,13 +149,21 @@ class Predictor:
                     raise self._too_large("more")
             else:
                 body = await self._rest_of_body(message, receive)
+            unread = False
+            if compressed:
+                body = await self._decompressor.run(body)
             asked = self.plain(body, name)
+            rows: dict[str, Any]
             if asked is not None:
                 runner, target, draft = asked
-                promise = runner.promise(target, identity, len(draft), draft=draft, size=len(body))
+                count, rows = len(draft), {"draft": draft}
             else:
-                runner, target, rows = self.decode(body, name)
-                promise = runner.promise(target, identity, rows.count, rows=rows, size=len(body))
+                runner, target, validated = self.decode(body, name, record)
+                count, rows = validated.count, {"rows": validated}
+            record.model, record.version, record.rows = target.name, target.version, count
+            promise = runner.promise(
+                target, record.request_id, count, timeout=timeout, record=record, size=len(body), **rows
+            )
             if promise.takes_time:
                 promise.watch(receive)
             try:
@@ -152,20 +172,41 @@ class Predictor:
                 promise.leave()
             return Answer(200, target.encode(result, start, stop))
         except RequestError as error:
+            record.code = error.code
             status, encoded, headers = errors.encode(error)
-            unread = isinstance(error, _BodyTooLarge)
+            unread = unread and not _is_small(scope["headers"])
             if unread and scope["http_version"].startswith("1"):
                 headers["connection"] = "close"
             return Answer(status, encoded, headers, unread)
         except CallerGone:
             return None
         except Exception:
-            token = log.request_id.set(identity)
+            record.code = "internal_error"
+            token = log.request_id.set(record.request_id)
             try:
                 logger.exception("a prediction request failed")
                 return Answer(*errors.internal())
             finally:
                 log.request_id.reset(token)
+
+    def _read_headers(self, headers: Any) -> tuple[float | None, bool]:
+        """Return how many seconds the caller waits, if it says so, and whether the body is compressed.
+
+        Raises `RequestTooLarge`: what announces itself as too large is not read at all. `InvalidRequest`, `UnsupportedEncoding`.
+        """
+        timeout, compressed = None, False
+        for key, value in headers:
+            if key == b"content-length":
+                if value.isdigit() and int(value[:19]) > self.max_body_bytes:
+                    raise self._too_large(f"{value[:19].decode()} bytes")
+            elif key == b"content-encoding":
+                compressed = compression.check_encoding(value)
+            elif key == b"x-request-timeout":
+                known, timeout = timeout, read_timeout(value)
+                if known is not None or timeout is None:
+                    shown = errors.shown(value.decode("latin-1"))
+                    raise InvalidRequest(f"X-Request-Timeout: expected seconds, once, as in 2.5, got {shown!r}")
+        return timeout, compressed
 
     async def _rest_of_body(self, message: Any, receive: Any) -> bytes:
         """Read a body that comes in pieces, and no more of it than the limit."""
@@ -183,12 +224,24 @@ class Predictor:
                 return b"".join(pieces)
             message = await receive()
 
-    def _too_large(self, got: str) -> _BodyTooLarge:
-        return _BodyTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
+    def _too_large(self, got: str) -> RequestTooLarge:
+        return RequestTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
 
 
-class _BodyTooLarge(RequestTooLarge):
-    """A part of the request was not read."""
+def read_timeout(value: bytes) -> float | None:
+    """Return the seconds that an `X-Request-Timeout` says; None if it is none."""
+    return float(value) or None if TIMEOUT.match(value) else None
+
+
+def _is_small(headers: Any) -> bool:
+    """Whether a body that was not read is so small that the connection can go on behind it.
+
+    A caller that asks before it sends the body (`Expect`) may not send it at all.
+    """
+    sizes = [value for key, value in headers if key == b"content-length"]
+    if any(key in (b"transfer-encoding", b"expect") for key, _ in headers):
+        return False
+    return not sizes or (sizes[0].isdigit() and int(sizes[0][:19]) <= SMALL_BODY_BYTES)
 
 
 def predicted_model(scope: Scope) -> tuple[bool, str | None]:
@@ -204,6 +257,18 @@ def predicted_model(scope: Scope) -> tuple[bool, str | None]:
     return (True, match[1]) if match else (False, None)
 
 
+ROUTES = {
+    "/models/status": "status",
+    "/models/refresh": "refresh",
+    "/metrics": "metrics",
+    "/openapi.json": "openapi",
+    "/docs": "docs",
+    "/health": "health",
+    "/health/live": "health",
+    "/health/ready": "health",
+}
+
+
 class Front:
     """The ASGI application: predictions answered here, everything else by `rest`; a request id for all of it."""
 
@@ -211,6 +276,7 @@ class Front:
         self.predictor = predictor
         self.rest = rest
         self.registry = registry
+        self._observer = predictor.observer
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Serve one ASGI scope."""
@@ -220,25 +286,32 @@ class Front:
         identity = request_id(scope)
         ours, name = predicted_model(scope)
         if ours:
-            answer = await self.predictor.handle(scope, receive, name, identity)
+            record = Record("predict", identity)
+            self._observer.choose(record)
+            answer = await self.predictor.handle(scope, receive, name, record)
             if answer is not None:
-                await _send(answer, identity, receive, send)
+                await _send(answer, scope, identity, receive, send)
+                self._observer.tell(record, answer.status)
             return
+        record = Record(ROUTES.get(scope["path"], "other"), identity)
+        self._observer.choose(record)
         token = log.request_id.set(identity)
         try:
-            await self._pass_on(scope, receive, send, identity)
+            await self._pass_on(scope, receive, send, record)
         finally:
             log.request_id.reset(token)
 
-    async def _pass_on(self, scope: Scope, receive: Any, send: Any, identity: str) -> None:
+    async def _pass_on(self, scope: Scope, receive: Any, send: Any, record: Record) -> None:
         """Let `rest` answer, with the request id on it; HEAD is GET without a body; whatever it raises is answered."""
         started = complete = False
+        identity = record.request_id
+        status = 500
         bare = scope["method"] == "HEAD"
 
         async def tagged(message: MutableMapping[str, Any]) -> None:
-            nonlocal started, complete
+            nonlocal started, complete, status
             if message["type"] == "http.response.start":
-                started = True
+                started, status = True, message["status"]
                 message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", identity.encode())]}
             elif message["type"] == "http.response.body":
                 complete = not message.get("more_body", False)
@@ -246,6 +319,7 @@ class Front:
                     message = {**message, "body": b""}
             await send(message)
 
+        scope = {**scope, "diskless.record": record}
         try:
             await self.rest({**scope, "method": "GET"} if bare else scope, receive, tagged)
         except Exception:
@@ -254,22 +328,41 @@ class Front:
             if started:
                 raise  # nothing can be said any more; the server closes the connection
             logger.exception("a request failed", extra={"fields": {"path": errors.shown(scope["path"])}})
-            await _send(Answer(*errors.internal()), identity, receive, send)
+            record.code = "internal_error"
+            await _send(Answer(*errors.internal()), scope, identity, receive, send)
+        finally:
+            self._observer.tell(record, status)
 
 
-async def _send(answer: Answer, identity: str, receive: Any, send: Any) -> None:
+async def _send(answer: Answer, scope: Scope, identity: str, receive: Any, send: Any) -> None:
+    body, compressed = answer.body, False
+    if len(body) >= compression.MIN_BYTES and _accepts_gzip(scope["headers"]):
+        compressed = True
+        if len(body) > compression.THREAD_BYTES:
+            body = await asyncio.to_thread(compression.compress, body)
+        else:
+            body = compression.compress(body)
     headers = [
         (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(answer.body)),
+        (b"content-length", b"%d" % len(body)),
         (b"x-request-id", identity.encode()),
     ]
+    if compressed:
+        headers += GZIPPED
     if answer.headers:
         headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body, "more_body": answer.unread})
+    await send({"type": "http.response.body", "body": body, "more_body": answer.unread})
     if answer.unread:
         await _discard(receive)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+GZIPPED = [(b"content-encoding", b"gzip"), (b"vary", b"Accept-Encoding")]
+
+
+def _accepts_gzip(headers: Any) -> bool:
+    return any(key == b"accept-encoding" and compression.is_accepted(value) for key, value in headers)
 
 
 async def _discard(receive: Any) -> None:

@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from app import versions
 from app.api.errors import json_response, responses
-from app.auth import require_admin
+from app.api.guards import admin_needed, key_needed
+from app.auth import Access
 from app.counters import Counters
 from app.errors import BucketUnreadable
 from app.model import Model
@@ -28,7 +29,11 @@ Count = Callable[[Runner], Counters]
 
 
 def router(
-    settings: Settings, manager: ModelStorageManager, registry: Registry, refresher: Refresher | View
+    settings: Settings,
+    manager: ModelStorageManager,
+    registry: Registry,
+    refresher: Refresher | View,
+    access: Access,
 ) -> APIRouter:
     """Return the routes. They tell of what a refresher in this process does, or of a view of one in another."""
     routes = APIRouter(tags=["models"])
@@ -72,14 +77,21 @@ def router(
         body = {"loaded": outcome.loaded, "failed": failed, "retired": outcome.retired}
         return json_response(200, orjson.dumps(body))
 
-    routes.add_api_route("/models/status", status, methods=["GET"], operation_id="models_status")
+    routes.add_api_route(
+        "/models/status",
+        status,
+        methods=["GET"],
+        operation_id="models_status",
+        responses=responses("unauthorized", "forbidden", "internal_error"),
+        dependencies=[Depends(key_needed(access))],
+    )
     routes.add_api_route(
         "/models/refresh",
         refresh,
         methods=["POST"],
         operation_id="models_refresh",
         responses=responses("unauthorized", "forbidden", "internal_error", "bucket_unreadable"),
-        dependencies=[Depends(require_admin)],
+        dependencies=[Depends(admin_needed(access))],
     )
     return routes
 

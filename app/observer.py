@@ -1,0 +1,124 @@
+"""What becomes of every answer besides being sent: a share of them is logged, and every refusal and failure.
+
+A `Record` is what one request has come to. Where requests are many it is made only for those that will be told of:
+`countdown` says how many go by until the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from time import perf_counter
+from typing import Any
+
+logger = logging.getLogger("diskless.access")
+FAILURES_PER_SECOND = (
+    50  # lines about requests that were refused or failed; a flood of them must not become one of lines
+)
+
+
+class Record:
+    """One request: what it asked for, who asked, and when what happened to it, in seconds by `perf_counter`."""
+
+    __slots__ = (
+        *("began", "caller", "code", "computed", "computing", "is_sampled"),
+        *("model", "request_id", "route", "rows", "submitted", "version"),
+    )
+
+    def __init__(self, route: str, request_id: str, *, began: float | None = None) -> None:
+        self.route = route
+        self.request_id = request_id
+        self.began = perf_counter() if began is None else began
+        self.submitted = self.computing = self.computed = 0.0
+        self.is_sampled = False
+        self.caller: str | None = None  # the name of the key
+        self.code: str | None = None  # of the error
+        self.model: str | None = None
+        self.version: str | None = None
+        self.rows: int | None = None
+
+    def milliseconds(self, ended: float) -> dict[str, float]:
+        """Return what each phase has taken, of those that there were, and all together."""
+        moments = {"decode": self.submitted, "queue": self.computing, "predict": self.computed, "encode": ended}
+        found, before = {}, self.began
+        if self.submitted:
+            for phase, moment in moments.items():
+                if not moment:  # it did not come so far
+                    break
+                found[f"{phase}_ms"] = round((moment - before) * 1000, 3)
+                before = moment
+        return {"ms": round((ended - self.began) * 1000, 3)} | found
+
+
+class Observer:
+    """Tells of answers. `sample` is the share of those with a status below 400 that are logged."""
+
+    def __init__(self, *, sample: float = 0.0) -> None:
+        self._sample = sample
+        self.is_muted = False
+        self.countdown = (
+            self._gap()
+        )  # requests until the next that is told of; who takes one down to 0 asks for a record
+        self._second = 0
+        self._failures_left = FAILURES_PER_SECOND
+        self._unlogged = 0
+
+    def begin(self, route: str, request_id: str) -> Record:
+        """Return the record of a request whose turn it is, and count from there to the next."""
+        record = Record(route, request_id)
+        record.is_sampled = True
+        self.countdown = self._gap()
+        return record
+
+    def choose(self, record: Record) -> None:
+        """Decide whether a request that has a record anyway is one of those that are logged."""
+        self.countdown -= 1
+        if self.countdown <= 0:
+            record.is_sampled = True
+            self.countdown = self._gap()
+
+    def tell(self, record: Record, status: int) -> None:
+        """Tell of an answer that was sent."""
+        if self.is_muted:
+            return
+        if status < 400:
+            if record.is_sampled and record.route != "health":
+                logger.info("request", extra={"fields": _fields(record, status)})
+        elif record.route != "health" and self._may_log_failure():
+            fields = _fields(record, status)
+            if self._unlogged:
+                fields["unlogged_before"], self._unlogged = self._unlogged, 0
+            level = logging.ERROR if status == 500 else logging.WARNING
+            logger.log(level, "request", extra={"fields": fields})
+
+    def _may_log_failure(self) -> bool:
+        second = int(perf_counter())
+        if second != self._second:
+            self._second, self._failures_left = second, FAILURES_PER_SECOND
+        if self._failures_left:
+            self._failures_left -= 1
+            return True
+        self._unlogged += 1
+        return False
+
+    def _gap(self) -> float:
+        """Return how many requests it is to the next that is logged: at random, so that no pattern of callers escapes it."""
+        if not self._sample:
+            return math.inf
+        if self._sample == 1:
+            return 1
+        return math.ceil(math.log(1 - random.random()) / math.log(1 - self._sample))  # noqa: S311 - not a secret
+
+
+def _fields(record: Record, status: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"request_id": record.request_id, "route": record.route, "status": status}
+    optional = {
+        "error": record.code,
+        "model": record.model,
+        "version": record.version,
+        "rows": record.rows,
+        "key": record.caller,
+    }
+    fields |= {name: value for name, value in optional.items() if value is not None}
+    return fields | record.milliseconds(perf_counter())
