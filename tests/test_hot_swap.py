@@ -16,7 +16,7 @@ from app.storage.r2 import R2Storage
 from tests import estimators
 from tests.faults import FaultyProxy, hang
 from tests.repository import draft, dumped, linear, put
-from tests.service import Service, r2_environment, running
+from tests.service import ADMIN_KEY, Service, r2_environment, running
 from tests.trusted import TRUST
 
 CALLERS = 200
@@ -56,7 +56,8 @@ class Connection:
 
     async def request(self, method: str, path: str, **body: object) -> tuple[int, dict]:
         content = json.dumps(body).encode() if body else b""
-        head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\nx-api-key: {ADMIN_KEY}\r\n"
+        head += f"content-length: {len(content)}\r\n\r\n"
         self._writer.write(head.encode() + content)
         answer = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower()
         length = int(answer.partition("content-length:")[2].split("\r\n")[0])

@@ -10,6 +10,8 @@ from pydantic import SecretStr
 
 from app import seal
 from app.errors import SettingsError
+from app.keys import Key
+from app.rates import Rate
 from app.settings import Mode, Settings, load_settings, markdown, table, variables
 from tests.service import clean_environment
 
@@ -22,6 +24,12 @@ R2 = {
     "R2_SECRET_ACCESS_KEY": "very-secret",
 }
 SAMPLES = {  # what each setting is read as, and from what
+    "api_keys": ("ann:a-secret-of-anns-own", (Key.of("ann", "a-secret-of-anns-own"),)),
+    "admin_keys": ("the-administrators-own", (Key.of("admin-1", "the-administrators-own"),)),
+    "require_keys": ("true", True),
+    "rate_limit": ("100/m", Rate(100, 60)),
+    "log_format": ("LOGFMT", "logfmt"),
+    "access_log_sample": ("0.5", 0.5),
     "dyno": ("web.1", "web.1"),
     "cloud_only": ("false", False),
     "force_r2": ("true", True),

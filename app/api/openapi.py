@@ -48,7 +48,7 @@ _REQUEST: dict[str, Any] = {
     "properties": {field: _PROPERTIES[field] for field in FIELDS},
     "additionalProperties": False,
 }
-_ELSEWHERE = {"unauthorized", "forbidden", "bucket_unreadable", "request_failed"}  # no prediction ends in these
+_ELSEWHERE = {"forbidden", "bucket_unreadable", "request_failed"}  # no prediction ends in these
 
 
 def router(predictor: Predictor) -> APIRouter:
