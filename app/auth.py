@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, MutableSequence
-from time import perf_counter
 
 from app.errors import Forbidden, RateLimited, Unauthorized
 from app.keys import Key, find
@@ -30,12 +29,10 @@ class Caller:
         self.is_admin = is_admin
         self.bucket = bucket
 
-    def spend(self) -> None:
-        """Count a request against what this caller may send. Raises `RateLimited`."""
-        if self.bucket is not None:
-            now = perf_counter()
-            if not self.bucket.take(now):
-                raise RateLimited(*self.bucket.rate, pause_seconds=self.bucket.pause(now))
+    def spend(self, now: float) -> None:
+        """Count a request, at `perf_counter`, against what this caller may send. Raises `RateLimited`."""
+        if self.bucket is not None and not self.bucket.take(now):
+            raise RateLimited(*self.bucket.rate, pause_seconds=self.bucket.pause(now))
 
 
 ANYONE = Caller(None)

@@ -5,7 +5,8 @@ no `Expect`, no offer of another protocol, nothing pending before it on the conn
 takes. Everything else, errors included, goes uvicorn's own way to the ASGI application, which gives the same answers.
 
 Clients that keep a connection send the same head again and again. The parser reads it once; the same bytes mean the same
-request the next time, so then only the body is looked at.
+request the next time, so then only the body is looked at. Where only lines differ that are another each time (a request id, the body's
+length, what proxies add), the other lines still mean the same.
 """
 
 from __future__ import annotations
@@ -30,10 +31,25 @@ from app.runner import Job, Result, Target
 
 PATH = re.compile(rb"/(?:predict|models/([A-Za-z0-9._-]{1,100})/predict)\Z")
 MAX_HEADS = 512
-MAX_HEAD_BYTES = 1024
+MAX_LINES = 4096
+MAX_HEAD_BYTES = 2048
 _NEVER_PLAIN = frozenset((b"transfer-encoding", b"expect", b"upgrade", b"content-encoding"))
-_DIFFERS = frozenset((b"x-request-id", b"traceparent"))  # in every request: such a head does not come again
-_SECRET = re.compile(rb"auth|cookie|key|token|secret|passw|session|signature|credential")  # in a header's name
+# Another in each request, or for each caller of a proxy. None of it decides whether a request is plain, or who calls.
+_VARYING = frozenset(
+    (
+        *(
+            b"content-length",
+            b"x-request-id",
+            b"traceparent",
+            b"tracestate",
+            b"x-amzn-trace-id",
+            b"x-cloud-trace-context",
+        ),
+        *(b"x-forwarded-for", b"x-real-ip", b"cf-connecting-ip", b"cf-ray", b"x-request-start", b"connect-time"),
+        *(b"total-route-time", b"x-b3-traceid", b"x-b3-spanid"),
+    )
+)
+_VISIBLE = bytes(range(32, 127)) + b"\t"
 _BOUNDARY = b"\r\n\r\n"
 _JSON = b"content-type: application/json\r\ncontent-length: "
 _CLOSE = b"connection: close\r\n"
@@ -60,23 +76,96 @@ class Shared:
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self.observer = predictor.observer
-        self.heads: dict[bytes, Plan] = {}
-        # By Python's keyed hash (SipHash, 64 bits) instead of the bytes: they are not kept, and never compared byte by byte.
-        self.secret_heads: dict[int, Plan] = {}
+        # By Python's keyed hash (SipHash, 64 bits) instead of the bytes: keys of callers are not kept, nor compared byte by byte.
+        self.heads: dict[int, Plan] = {}
+        self.cut_heads: dict[int, Plan] = {}  # by what is left of them when the request id is cut out
+        self.before_id = b""  # how the line of the request id begins, as clients write it here
+        self.forms: dict[int, Plan] = {}  # of what is left of a head without its varying lines
+        self._lines: set[int] = set()  # which are not varying
         self._headers: Any = None
         self._start = b""
 
-    def remember(self, head: bytes, plan: Plan, *, secret: bool) -> None:
-        """Take note that these bytes, and no fewer, are the head of such a request; `secret` where a key may be in it."""
-        if head.count(b"\n") != head.count(b"\r\n"):
-            return
-        if len(self.heads) + len(self.secret_heads) >= MAX_HEADS:
+    def remember(self, head: bytes, plan: Plan) -> None:
+        """Take note that these bytes, and no fewer, are the head of such a request."""
+        if head.count(b"\n") != head.count(b"\r\n") or not sys.flags.hash_randomization:
+            return  # not as everyone would read it; or anyone could say what the hash of something else must be
+        self._keep(head, plan)
+        if b"\r\n " in head or b"\r\n\t" in head:
+            return  # a line that goes on with the one before it
+        if len(self._lines) >= MAX_LINES or len(self.forms) >= MAX_HEADS:
+            self._lines.clear()
+            self.forms.clear()
+        fixed = [line for line in head.split(b"\r\n") if line.partition(b":")[0].lower() not in _VARYING]
+        self._lines.update(map(hash, fixed))
+        self.forms[hash(b"\r\n".join(fixed))] = plan
+
+    def recognise(self, head: bytes) -> Plan | None:
+        """Return what a head means that differs from a known one in nothing but varying lines; None if that cannot be said."""
+        lines = self._lines
+        fixed = []
+        length = request_id = None
+        comes_again = True
+        for line in head.split(b"\r\n"):
+            if hash(line) in lines:
+                fixed.append(line)
+                continue
+            name, colon, value = line.partition(b": ")
+            name = name.lower()
+            if name == b"content-length":
+                if length is not None or not value.isdigit() or len(value) > 15:
+                    return None
+                length = int(value)
+            elif name == b"x-request-id":
+                text = value.decode("latin-1")
+                if request_id is not None or not REQUEST_ID.match(text):
+                    return None
+                request_id = text
+            elif not colon or name not in _VARYING or value.translate(None, _VISIBLE):
+                return None
+            else:
+                comes_again = False
+        plan = self.forms.get(hash(b"\r\n".join(fixed)))
+        if plan is None or length is None or length > self.predictor.max_body_bytes:
+            return None
+        if plan.takes_gzip and length > SMALL_BODY_BYTES:
+            return None
+        plan = Plan(plan.name, length, request_id, plan.caller, plan.timeout, plan.takes_gzip)
+        if comes_again:
+            self._keep(head, plan)
+        return plan
+
+    def _keep(self, head: bytes, plan: Plan) -> None:
+        if len(self.heads) + len(self.cut_heads) >= MAX_HEADS:
             self.heads.clear()
-            self.secret_heads.clear()
-        if not secret:
-            self.heads[head] = plan
-        elif sys.flags.hash_randomization:  # else anyone could say what the hash will be
-            self.secret_heads[hash(head)] = plan
+            self.cut_heads.clear()
+        if plan.request_id is None:
+            self.heads[hash(head)] = plan
+        elif (cut := self._cut(head, plan.request_id)) is not None:
+            self.cut_heads[cut] = plan
+
+    def _cut(self, head: bytes, request_id: str) -> int | None:
+        """Return what a head is known by when its request id is cut out; None where it is not written as usual."""
+        value = request_id.encode()
+        at = head.find(b": " + value + b"\r\n")
+        before = head[head.rfind(b"\r\n", 0, at) : at + 2]
+        if at < 0 or before.lower() != b"\r\nx-request-id: ":
+            return None
+        self.before_id = before
+        at = head.find(before)  # the first one, as who looks for it later will find it
+        stop = head.find(b"\r\n", at + len(before))
+        if head[at + len(before) : stop] != value:
+            return None
+        return hash(head[: at + len(before)] + head[stop:])
+
+    def with_id(self, head: bytes) -> tuple[Plan, str] | None:
+        """Return what a head means that differs from a known one in its request id at most, and that."""
+        at = head.find(self.before_id) + len(self.before_id)
+        stop = head.find(b"\r\n", at)
+        plan = self.cut_heads.get(hash(head[:at] + head[stop:]))
+        if plan is None:
+            return None
+        request_id = head[at:stop].decode("latin-1")
+        return (plan, request_id) if REQUEST_ID.match(request_id) else None
 
     def start(self, headers: list[tuple[bytes, bytes]]) -> bytes:
         """Return how an answer with status 200 begins. uvicorn makes its own headers anew every second."""
@@ -160,16 +249,22 @@ class DirectProtocol(DrainingProtocol):
             if end >= 4 and not self.flow.write_paused:
                 head = data[:end]
                 shared = self._shared
-                plan = shared.heads.get(head)
-                if plan is None and (plan := shared.secret_heads.get(hash(head))) is None:
+                plan = shared.heads.get(hash(head))
+                request_id = None
+                if plan is None and data.startswith(b"POST /"):
+                    if shared.cut_heads and (found := shared.with_id(head)) is not None:
+                        plan, request_id = found
+                    elif shared.forms and (plan := shared.recognise(head)) is not None:
+                        request_id = plan.request_id
+                if plan is None:
                     if end <= MAX_HEAD_BYTES and data.startswith(b"POST /"):
                         self._head = head
                 elif len(data) - end == plan.length:
-                    if self._begin(plan, data[end:]):
+                    if self._begin(plan, data[end:], request_id):
                         return
                 elif len(data) - end < plan.length:
                     self._ready = False
-                    self._plan, self._held = plan, bytearray(data)
+                    self._plan, self._held = plan._replace(request_id=request_id), bytearray(data)
                     return
         elif self._held is not None:
             held, plan = self._held, self._plan
@@ -181,7 +276,7 @@ class DirectProtocol(DrainingProtocol):
             self._held = self._plan = None
             self._ready = not self._stopping
             data = bytes(held)
-            if self._ready and len(data) - end == plan.length and self._begin(plan, data[end:]):
+            if self._ready and len(data) - end == plan.length and self._begin(plan, data[end:], plan.request_id):
                 return
         super().data_received(data)
         self._head = None
@@ -219,7 +314,7 @@ class DirectProtocol(DrainingProtocol):
         body = b"".join(self._pieces)
         self._pieces.clear()
         self._plan = None
-        if not self._begin(plan, body):
+        if not self._begin(plan, body, plan.request_id):
             super().on_headers_complete()
             self.cycle.body += body
             super().on_message_complete()
@@ -236,17 +331,16 @@ class DirectProtocol(DrainingProtocol):
         length: int | None = None
         request_id: str | None = None
         timeout: float | None = None
-        takes_gzip = secret = differs = False
+        takes_gzip = False
         for name, value in self.headers:
             if name == b"content-length":
                 if length is not None or not value.isdigit() or len(value) > 15:
                     return None
                 length = int(value)
-            elif name in _DIFFERS:
-                differs = True
-                if name == b"x-request-id" and request_id is None:
-                    text = value.decode("latin-1")
-                    request_id = text if REQUEST_ID.match(text) else None
+            elif name == b"x-request-id":
+                text = value.decode("latin-1")
+                if request_id is None and REQUEST_ID.match(text):
+                    request_id = text
             elif name == b"x-request-timeout":
                 if timeout is not None or (timeout := read_timeout(value)) is None:
                     return None
@@ -254,8 +348,6 @@ class DirectProtocol(DrainingProtocol):
                 takes_gzip = takes_gzip or compression.is_accepted(value)
             elif name in _NEVER_PLAIN:
                 return None
-            elif _SECRET.search(name):
-                secret = True
         if length is None or length > predictor.max_body_bytes:
             return None
         if takes_gzip and length > SMALL_BODY_BYTES:
@@ -266,17 +358,17 @@ class DirectProtocol(DrainingProtocol):
             return None
         name_in_path = match[1].decode() if match[1] is not None else None
         plan = Plan(name_in_path, length, request_id, caller, timeout, takes_gzip)
-        if head is not None and not differs:
-            self._shared.remember(head, plan, secret=secret)
+        if head is not None:
+            self._shared.remember(head, plan)
         return plan
 
-    def _begin(self, plan: Plan, body: bytes) -> bool:
+    def _begin(self, plan: Plan, body: bytes, request_id: str | None) -> bool:
         """Queue a plain request; return whether it is one."""
         if self._stopping:
             return False
         observer = self._shared.observer
         observer.countdown -= 1
-        record = observer.begin("predict", plan.request_id or new_request_id()) if observer.countdown <= 0 else None
+        record = observer.begin("predict", request_id or new_request_id()) if observer.countdown <= 0 else None
         asked = self._shared.predictor.plain(body, plan.name)
         if asked is None:
             if record is not None:
@@ -288,7 +380,7 @@ class DirectProtocol(DrainingProtocol):
         self._exchange = exchange
         self.cycle = exchange  # type: ignore[assignment]  # it has what uvicorn asks of one
         if record is None:
-            exchange.request_id = plan.request_id or new_request_id()
+            exchange.request_id = request_id or new_request_id()
         else:
             exchange.request_id, exchange.record = record.request_id, record
             self._describe(record, exchange)
@@ -296,7 +388,7 @@ class DirectProtocol(DrainingProtocol):
             exchange.timeout = plan.timeout
         try:
             if plan.caller.bucket is not None:
-                plan.caller.spend()
+                plan.caller.spend(exchange.started)
             runner.submit(exchange)
         except (Overloaded, RateLimited) as error:
             exchange.fail(error)

@@ -140,7 +140,7 @@ class Predictor:
         try:
             caller = self.access.to_predict(scope["headers"])
             record.caller = caller.name
-            caller.spend()
+            caller.spend(record.began)
             timeout, compressed = self._read_headers(scope["headers"])
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body", False):
