@@ -136,8 +136,8 @@ def _mlserver(ground: Ground) -> Service:
     return Service(command, port=port, core=ground.core, extra={})
 
 
-def _serve(**extra: str) -> Callable[[Ground], Service]:
-    """Return how our own command is started."""
+def _serve(headers: Mapping[str, str] | None = None, **extra: str) -> Callable[[Ground], Service]:
+    """Return how our own command is started; `headers` is what it wants of each request."""
 
     def start(ground: Ground) -> Service:
         port = free_port()
@@ -145,7 +145,7 @@ def _serve(**extra: str) -> Callable[[Ground], Service]:
         if ground.workers > 1:
             command += ["--workers", str(ground.workers)]
         ours = {"PYTHONPATH": str(ROOT), "HOST": HOST, "PORT": str(port), **ground.bucket, **extra}
-        return Service(command, port=port, core=ground.core, extra=ours)
+        return Service(command, port=port, core=ground.core, extra=ours, headers=headers)
 
     return start
 
@@ -170,11 +170,19 @@ MLSERVER = Contender(
     "mlserver", "MLServer, batches of 64, 5 ms", _mlserver, path="/v2/models/{kind}/infer", environment="mlserver"
 )
 SERVE = Contender("serve", "**Diskless**, `serve`", _serve(), path=OURS, is_ours=True)
+KEY = "the-key-of-the-load-of-the-bench"
+GUARDED = Contender(
+    "guarded",
+    "**Diskless**, `serve`, with a key, a rate limit and request ids",
+    _serve({"X-API-Key": KEY}, ML_API_KEYS=f"load:{KEY}", ML_RATE_LIMIT="100000000/s"),
+    path=OURS,
+    is_ours=True,
+)
 ASGI = Contender("asgi", "**Diskless** under uvicorn (ASGI)", _asgi, path=OURS, is_ours=True)
 REFERENCE = Contender(
     "reference", "Diskless, `ML_RUNTIME=sklearn`", _serve(ML_RUNTIME="sklearn"), path=OURS, is_ours=True
 )
-ALL = (CONSTANT, FLOOR, INLINE, NAIVE, MOSEC, MLSERVER, SERVE, ASGI, REFERENCE)
+ALL = (CONSTANT, FLOOR, INLINE, NAIVE, MOSEC, MLSERVER, SERVE, GUARDED, ASGI, REFERENCE)
 NAMES = tuple(contender.name for contender in ALL)
 
 

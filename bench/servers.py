@@ -66,10 +66,18 @@ class Service:
     """A running service: one process, or a tree of them, all on one core and in a session of their own."""
 
     def __init__(
-        self, command: Sequence[str], *, port: int, core: int, extra: Mapping[str, str], folder: Path | None = None
+        self,
+        command: Sequence[str],
+        *,
+        port: int,
+        core: int,
+        extra: Mapping[str, str],
+        folder: Path | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it; `folder` is where it runs, an empty one unless given."""
+        """Start it; `folder` is where it runs, an empty one unless given, `headers` is what it wants of each request."""
         self.port = port
+        self.headers = dict(headers or {})
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop
         self._folder = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
@@ -100,7 +108,7 @@ class Service:
         """Return the status and the body of an answer, to a POST if there is a body. Raises `OSError` or `HTTPException`."""
         with contextlib.closing(http.client.HTTPConnection(HOST, self.port, timeout=seconds)) as connection:
             method = "GET" if body is None else "POST"
-            connection.request(method, path, body, {"content-type": "application/json"})
+            connection.request(method, path, body, {"content-type": "application/json"} | self.headers)
             answer = connection.getresponse()
             return answer.status, answer.read()
 

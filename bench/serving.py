@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import contenders, environments, models, plot, questions, wrk
-from bench.contenders import ASGI, CONSTANT, FLOOR, INLINE, MOSEC, NAIVE, REFERENCE, SERVE, Contender, Ground
+from bench.contenders import ASGI, CONSTANT, FLOOR, GUARDED, INLINE, MOSEC, NAIVE, REFERENCE, SERVE, Contender, Ground
 from bench.environments import FOLDER, ROOT, Unavailable
 from bench.questions import Question
 from bench.results import spread, table
@@ -53,7 +53,7 @@ MANY = Shape("64 connections, single rows", 64, 2)
 SOME = Shape("16 connections, single rows", 16, 1)
 ONE = Shape("1 connection, single rows", 1, 2)
 LARGE = Shape("4 connections, 1,000 rows", 4, 1, large=True)
-IDS = Shape("64 connections, single rows, each request with another X-Request-ID", 64, 1, request_ids=True)
+IDS = Shape("64 connections, single rows, each request with another X-Request-ID", 64, 2, request_ids=True)
 SHAPES = (MANY, SOME, ONE, LARGE, IDS)
 
 
@@ -140,8 +140,9 @@ def report(*, quick: bool = False, only: Sequence[str] = ()) -> str:
             services = _start(running, chosen, ground, kinds, found)
             _measure(services, kinds, folder, on, found, quick=quick)
         say("starts")
+        timed = [contender for contender in chosen if contender is not GUARDED]
         for number in range(1 if quick else ROUNDS):
-            for contender in random.Random(number).sample(chosen, len(chosen)):
+            for contender in random.Random(number).sample(timed, len(timed)):
                 _time_start(contender, ground, kinds, found)
         say("memory")
         _weigh(chosen, server, folder, on, found, counts=WORKERS[:2] if quick else WORKERS)
@@ -272,6 +273,8 @@ def _asked(
 
 def _shapes(contender: Contender, *, quick: bool) -> list[Shape]:
     """Return the loads that a service is measured under: not those that would say nothing, and in a hurry the main ones."""
+    if contender is GUARDED:
+        return [IDS]
     shapes = [MANY, ONE]
     if not quick and contender is not REFERENCE:
         shapes.append(SOME)
@@ -325,6 +328,7 @@ def _run(service: Service, path: str, shape: Shape, bodies: Path, core: int, *, 
             seconds=1 if quick else shape.seconds,
             core=core,
             request_ids=shape.request_ids,
+            headers=service.headers,
         )
     except (ValueError, subprocess.TimeoutExpired) as error:
         say(str(error))
@@ -472,6 +476,9 @@ def budgets(found: Found) -> list[Budget]:
     for kind in questions.KINDS:
         text = f"`serve` : hand-written scikit-learn, {kind}, 1,000 rows"
         rows.append(Budget(text, 1.0, rate(SERVE, INLINE, kind, LARGE)))
+    for kind in questions.KINDS:
+        ratios = found.ratios(Cell(GUARDED.name, kind, IDS), Cell(SERVE.name, kind, MANY))
+        rows.append(Budget(f"`serve` with a key, a rate limit and request ids : without, {kind}", 0.85, ratios))
     weights = found.large.get(SERVE.name, {})
     second = [weights[2] - weights[1]] if {1, 2} <= weights.keys() else []
     further = [(weights[4] - weights[2]) / 2] if {2, 4} <= weights.keys() else []

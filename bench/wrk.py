@@ -8,9 +8,9 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.environments import Unavailable
 from bench.servers import pinned
@@ -52,16 +52,26 @@ def available() -> None:
         raise Unavailable(f"wrk is missing, and apt-get cannot install it: {error}") from error
 
 
-def words(url: str, bodies: Path, *, connections: int, seconds: int, core: int, request_ids: bool = False) -> list[str]:
+def words(
+    url: str,
+    bodies: Path,
+    *,
+    connections: int,
+    seconds: int,
+    core: int,
+    request_ids: bool = False,
+    headers: Mapping[str, str] | None = None,
+) -> list[str]:
     """Return the command that posts the lines of `bodies` in turn, over connections that are kept, from `core`."""
+    further = [word for name, value in (headers or {}).items() for word in ("-H", f"{name}: {value}")]
     mode = "ids" if request_ids else "plain"
-    options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s", "-s", str(SCRIPT)]
+    options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s", *further, "-s", str(SCRIPT)]
     return [*pinned(core), "wrk", *options, url, "--", str(bodies), mode]
 
 
-def run(url: str, bodies: Path, *, connections: int, seconds: int, core: int, request_ids: bool = False) -> Load:
-    """Run it to its end. Raises `ValueError` when it tells nothing, and `subprocess.TimeoutExpired`."""
-    command = words(url, bodies, connections=connections, seconds=seconds, core=core, request_ids=request_ids)
+def run(url: str, bodies: Path, *, seconds: int, **how: Any) -> Load:
+    """Run it to its end, as `words` has it. Raises `ValueError` when it tells nothing, and `subprocess.TimeoutExpired`."""
+    command = words(url, bodies, seconds=seconds, **how)
     finished = subprocess.run(command, capture_output=True, text=True, timeout=seconds + HANG_SECONDS, check=False)
     return parse(finished.stdout + finished.stderr)
 
