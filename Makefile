@@ -4,7 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint conformance bench clean FORCE
+.PHONY: help run test lint conformance bench soak clean FORCE
 
 help:
 	@echo "make run    serve on http://127.0.0.1:8000 (PORT=...): your bucket if R2_* is set, else four demo models"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint   formatting, rules, types"
 	@echo "make conformance  the tests of the storage against Ceph's radosgw and Cloudflare's R2 emulator, where they can be had"
 	@echo "make bench  measure loads and predictions, beside other servers (half an hour), into bench/RESULTS.md"
+	@echo "make soak   ten minutes of load, swaps, faults and killed workers; then whether anything failed or grew"
 	@echo "make clean  remove .venv, .bench, .demo, .conformance and caches"
 
 run: $(VENV)/installed
@@ -31,6 +32,9 @@ conformance: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	@$(PYTHON) -m bench $(ARGS)
+
+soak: $(VENV)/installed-dev
+	@$(PYTHON) -m tests.soak $(ARGS)
 
 clean:
 	rm -rf $(VENV) .bench .demo .conformance .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage .coverage.*
