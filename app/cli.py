@@ -13,7 +13,6 @@ import errno
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import stat
@@ -75,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _WrongUsage as error:
         return fail(USAGE, "wrong_usage", str(error), f"{error.usage}{error}")
     except SettingsError as error:
-        return fail(USAGE, _code(error), str(error), str(error))
+        return fail(USAGE, error.kind(), str(error), str(error))
     except DisklessError as error:
-        return fail(FAILED, _code(error), str(error), f"error: {error}")
+        return fail(FAILED, error.kind(), str(error), f"error: {error}")
     except KeyboardInterrupt:
         return fail(INTERRUPTED, "interrupted", "interrupted: `python -m app list` shows what is in force")
     except BrokenPipeError:  # who read the output has gone, as `head` does
@@ -101,11 +100,6 @@ def _fail_as_json(code: int, error: str, detail: str, text: str | None = None) -
     del text
     print(json.dumps({"error": error, "detail": detail}, indent=1))
     return code
-
-
-def _code(error: DisklessError) -> str:
-    """Return the error's class as JSON has it: `VersionExists` is `version_exists`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
 
 
 def _printable(text: str) -> str:

@@ -44,6 +44,7 @@ DisklessError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -51,6 +52,11 @@ from typing import Any, ClassVar
 
 class DisklessError(Exception):
     """Root of the tree. The message is a sentence for a person: what was expected and what came."""
+
+    @classmethod
+    def kind(cls) -> str:
+        """Return the class's name as programs read it: `VersionExists` is `version_exists`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
 
 class SettingsError(DisklessError):
