@@ -269,6 +269,16 @@ class Runner:
         self._worker = Worker(f"predict {model.ref.name}")
         self._retired = False
 
+    @property
+    def queued(self) -> int:
+        """How many requests wait to be computed."""
+        return len(self._queue)
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests wait or are computed."""
+        return len(self._queue) + len(self._batch)
+
     def submit(self, job: Job) -> None:
         """Queue a job, or compute it at once. A retired runner still answers whoever holds it.
 
@@ -277,7 +287,7 @@ class Runner:
         if len(self._queue) >= self._max_queue:
             self._drop_unawaited()
             if len(self._queue) >= self._max_queue:
-                self.counters.failed()
+                self.counters.failed(Overloaded.code)
                 raise Overloaded(f"{self.model.ref.name} has {self._max_queue} requests waiting, which is the limit")
         seconds = self._timeout_seconds
         if job.timeout is not None and job.timeout < seconds:
@@ -483,8 +493,8 @@ class Runner:
         """Hand a batch's outcome to its jobs. Of a batch that failed, each job is put back to be run alone."""
         now = perf_counter()
         counters = self.counters
-        counters.computed()
         if isinstance(outcome, Exception):
+            counters.computed(sum(job.count for job in jobs))
             if len(jobs) > 1:
                 for job in jobs:
                     job.alone = True
@@ -504,6 +514,7 @@ class Runner:
                 counters.answered(job.count, now - job.started)
                 job.succeed(outcome, start, stop)
             start = stop
+        counters.computed(start)
         if seconds is not None:
             jobs[0].target.pace.learn(start, seconds)
 
@@ -513,7 +524,7 @@ class Runner:
         if isinstance(error, PredictionFailed):
             fields = {"model": str(self.model.ref), "method": job.target.method, "request_id": job.request_id}
             logger.error("prediction failed", exc_info=error, extra={"fields": fields})
-        self.counters.failed()
+        self.counters.failed(error.code)
         job.awaited = False
         job.fail(error)
 
@@ -543,7 +554,7 @@ class Runner:
             self._set_alarm(min(waiting))
 
     def _expire(self, job: Job) -> None:
-        self.counters.failed()
+        self.counters.failed(PredictionTimeout.code)
         job.awaited = False
         job.fail(PredictionTimeout(f"no answer within {job.deadline - job.started:.6g} s"))
 

@@ -127,7 +127,7 @@ class Predictor:
         try:
             rows = signature.validate(request["instances"], max_rows=self.max_rows)
         except InvalidInput:
-            runner.counters.failed()
+            runner.counters.failed(InvalidInput.code)
             raise
         return runner, runner.targets[method], rows
 
