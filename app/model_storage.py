@@ -56,8 +56,10 @@ from app.model import Model
 from app.names import COMPANION_ROLES, NAME, SUFFIXES, ModelRef, check_name
 from app.seal import MAX_SEAL_BYTES, PrivateKey, read_private_key
 from app.seal import seal as make_seal
+from app.service_counters import ServiceCounters, StorageKind
 from app.settings import Mode, Settings, load_settings
 from app.storage.base import ObjectInfo, Storage
+from app.storage.counted import CountedStorage
 from app.trust import Trust
 
 logger = logging.getLogger("diskless.models")
@@ -251,14 +253,18 @@ class ModelStorageManager:
 
     @classmethod
     def from_settings(
-        cls, settings: Settings, *, moved: Callable[[str, int, int], None] | None = None
+        cls,
+        settings: Settings,
+        *,
+        moved: Callable[[str, int, int], None] | None = None,
+        counters: ServiceCounters | None = None,
     ) -> ModelStorageManager:
         """Return a manager over the storage that the settings call for; `moved` is as in `R2Storage`.
 
-        Raises `SettingsError`.
+        `counters` are told of all that is asked of the storage. Raises `SettingsError`.
         """
         return cls(
-            storage_for(settings, moved=moved),
+            storage_for(settings, moved=moved, counters=counters),
             prefix=settings.prefix,
             bare_models=settings.bare_models,
             companions=settings.companions,
@@ -941,19 +947,24 @@ def _check_unmoved(name: str, alias: str, before: ModelEntry, now: ModelEntry) -
     )
 
 
-def storage_for(settings: Settings, *, moved: Callable[[str, int, int], None] | None = None) -> Storage:
+def storage_for(
+    settings: Settings,
+    *,
+    moved: Callable[[str, int, int], None] | None = None,
+    counters: ServiceCounters | None = None,
+) -> Storage:
     """Return the storage of the settings' mode; nothing is connected yet. `moved` is told of bytes that cross the network.
 
-    Raises `SettingsError`.
+    `counters` are told of every operation. Raises `SettingsError`.
     """
     from app.storage.local import LocalStorage
 
     if settings.mode is Mode.LOCAL:
-        return LocalStorage(settings.local_dir)
+        return _counted(LocalStorage(settings.local_dir), "local", counters)
     from app.storage.r2 import R2Storage
 
     target = settings.r2
-    remote = R2Storage(
+    bucket = R2Storage(
         endpoint_url=target.endpoint_url,
         bucket=target.bucket,
         access_key_id=target.access_key_id,
@@ -965,12 +976,17 @@ def storage_for(settings: Settings, *, moved: Callable[[str, int, int], None] | 
         max_attempts=settings.max_attempts,
         moved=moved,
     )
+    remote = _counted(bucket, "r2", counters)
     if settings.mode is Mode.CLOUD_ONLY:
         return remote
     from app.storage.copy import CopyingStorage
 
     local = LocalStorage(settings.local_dir)
-    return CopyingStorage(remote, local, read_copy=settings.mode is Mode.R2_WITH_COPY)
+    return CopyingStorage(remote, local, read_copy=settings.mode is Mode.R2_WITH_COPY, counters=counters)
+
+
+def _counted(storage: Storage, kind: StorageKind, counters: ServiceCounters | None) -> Storage:
+    return storage if counters is None else CountedStorage(storage, kind, counters)
 
 
 def _now() -> str:

@@ -32,7 +32,9 @@ from app.errors import (
     StorageError,
     StorageUnavailable,
 )
+from app.service_counters import ServiceCounters, outcome_of
 from app.storage.base import ObjectInfo, Storage, StoredObject
+from app.storage.counted import CountedStorage
 from app.storage.local import OWN, LocalStorage, move_into_place, write_atomically
 
 ABANDONED_SECONDS = 24 * 3600
@@ -74,11 +76,17 @@ class CopyingStorage:
 
     With `read_copy`, the copy answers when the remote is unavailable, and a span of an object whose ETag the caller
     knows comes from the copy without a request. Without, the copy is only written. Copying never makes a read fail.
+
+    `counters` are told what is read from the copy and written to it; what is asked of the remote, that may count itself.
     """
 
-    def __init__(self, remote: Storage, local: LocalStorage, *, read_copy: bool) -> None:
+    def __init__(
+        self, remote: Storage, local: LocalStorage, *, read_copy: bool, counters: ServiceCounters | None = None
+    ) -> None:
         self._remote = remote
         self._local = local
+        self._counters = counters
+        self._copies: Storage = local if counters is None else CountedStorage(local, "copy", counters)
         self._read_copy = read_copy
         self._own = local.root / OWN
         self._source = remote.describe()
@@ -170,7 +178,7 @@ class CopyingStorage:
             listed = await asyncio.to_thread(self._read_listing, prefix, recursive)
             if listed is not None:
                 return [*listed]
-            there = await self._local.list(prefix, recursive=recursive)
+            there = await self._copies.list(prefix, recursive=recursive)
             return [*await asyncio.to_thread(self._copied, [info.key for info in there])]
         await self._keep(lambda: self._write_listing(prefix, recursive, found))
         return found
@@ -199,15 +207,22 @@ class CopyingStorage:
             raise _Absent(f"{self._source} had no {key} when it was asked last")
         if record is None or etag not in (None, record.etag):
             raise ObjectNotFound(f"{self._local.root} has no copy of {key} with that ETag")
-        found = await self._local.get(key, span=span, if_match=record.sha256)
+        found = await self._copies.get(key, span=span, if_match=record.sha256)
         return StoredObject(replace(found.info, etag=record.etag), found.body)
 
-    async def _keep(self, write: Callable[[], None]) -> None:
-        """Run `write` in a thread, one at a time. What goes wrong is logged once, and no more than that."""
+    async def _keep(self, write: Callable[[], int]) -> None:
+        """Run `write` in a thread, one at a time; it returns how many bytes of the object it has written, if any.
+
+        What goes wrong is logged once, and no more than that.
+        """
         try:
             async with self._writing:
-                await asyncio.to_thread(write)
+                written = await asyncio.to_thread(write)
+            if self._counters is not None and written:  # here: a thread must not count beside the event loop
+                self._counters.stored("copy", "put", written=written)
         except (OSError, StorageError) as error:
+            if self._counters is not None:
+                self._counters.stored("copy", "put", outcome_of(error))
             if not self._warned:
                 self._warned = True
                 _logger.warning("the local copy in %s is not complete: %s", self._local.root, error)
@@ -232,16 +247,18 @@ class CopyingStorage:
         except (OSError, ValueError, TypeError):
             return None
 
-    def _write_listing(self, prefix: str, recursive: bool, found: Sequence[ObjectInfo]) -> None:
+    def _write_listing(self, prefix: str, recursive: bool, found: Sequence[ObjectInfo]) -> int:
         if self._read_listing(prefix, recursive) != found:
             body = json.dumps([asdict(info) for info in found]).encode()
             write_atomically(self._listing_path(prefix, recursive), body)
+        return 0
 
-    def _note_absence(self, key: str) -> None:
+    def _note_absence(self, key: str) -> int:
         record = _Record(key, self._source, "", "", 0)
         if self._record(key) != record:
             self._remove(key)
             write_atomically(self._record_path(key), json.dumps(asdict(record)).encode())
+        return 0
 
     def _record_path(self, key: str) -> Path:
         return self._own / "copies" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
@@ -269,26 +286,28 @@ class CopyingStorage:
         except StorageError:
             return None
 
-    def _write(self, info: ObjectInfo, body: bytes) -> None:
+    def _write(self, info: ObjectInfo, body: bytes) -> int:
         md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
-        self._place(info, hashlib.sha256(body).hexdigest(), md5, lambda path: write_atomically(path, body))
+        placed = self._place(info, hashlib.sha256(body).hexdigest(), md5, lambda path: write_atomically(path, body))
+        return len(body) if placed else 0
 
-    def _place(self, info: ObjectInfo, sha256: str, md5: str, place: Callable[[Path], None]) -> None:
-        """Record the copy, then let `place` put its bytes where they belong."""
+    def _place(self, info: ObjectInfo, sha256: str, md5: str, place: Callable[[Path], None]) -> bool:
+        """Record the copy, then let `place` put its bytes where they belong; return whether that was needed."""
         if {32: md5, 64: sha256}.get(len(info.etag), info.etag) != info.etag:
             raise StorageUnavailable(f"the bytes of {info.key} that came do not have its ETag {info.etag}")
         path = self._local.path(info.key)
         record = _Record(info.key, self._source, info.etag, sha256, info.size)
         there = self._digest_of(info.key)
         if there == sha256 and self._record(info.key) == record:
-            return
+            return False
         if there not in (None, sha256) and not self._is_ours(info.key):
             raise StorageDenied(f"{path} was not copied by Diskless, so it is left as it is")
         write_atomically(self._record_path(info.key), json.dumps(asdict(record)).encode())
         if there != sha256:
             place(path)
+        return there != sha256
 
-    def _gather(self, piece: StoredObject, start: int) -> None:
+    def _gather(self, piece: StoredObject, start: int) -> int:
         """Write one piece of an object; when it was the last one missing, the file becomes the copy."""
         info = piece.info
         partial = self._partials.get(info.key)
@@ -305,7 +324,7 @@ class CopyingStorage:
                 file.write(piece.body)
                 partial.arrived = _joined(partial.arrived, range(start, start + len(piece.body)))
                 if partial.arrived != [range(info.size)]:
-                    return
+                    return len(piece.body)
                 file.flush()
                 os.fsync(file.fileno())
                 sha256, md5 = _digest(file, "sha256"), _digest(file, "md5")
@@ -314,14 +333,16 @@ class CopyingStorage:
             self._forget(info.key)
             raise
         self._forget(info.key)
+        return len(piece.body)
 
     def _forget(self, key: str) -> None:
         self._partials.pop(key).path.unlink(missing_ok=True)
 
-    def _remove(self, key: str) -> None:
+    def _remove(self, key: str) -> int:
         if self._is_ours(key):
             self._local.path(key).unlink(missing_ok=True)
             self._record_path(key).unlink(missing_ok=True)
+        return 0
 
     def _remove_abandoned(self) -> None:
         with suppress(OSError):  # of processes that were killed
