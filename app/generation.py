@@ -36,14 +36,17 @@ from app.channel import Channel, Closed, Message
 from app.errors import BundleError, DisklessError, LoadFailed
 from app.forked import outcome_fields, prepared, serve
 from app.gate import Gate
-from app.main import access_of, assemble, runner_maker
+from app.main import access_of, assemble, collector_for, runner_maker
 from app.memory import trim_heap
+from app.metrics import exposed
 from app.model import Model
 from app.model_storage import Checked, ModelStorageManager, check, load, settled
+from app.names import ModelRef
 from app.processes import end_with_parent, how_it_ended, other_threads
-from app.refresher import Outcome, Refresher
+from app.refresher import KEPT_SECONDS, MAX_KEPT, Outcome, Refresher
 from app.registry import Registry, Snapshot
 from app.runner import Runner
+from app.service_counters import ServiceCounters
 from app.settings import Settings
 from app.tally import ROWS, Tally
 from app.view import View, described
@@ -60,6 +63,7 @@ TERMINATED_PAUSE_SECONDS = 1.0  # a signal to one worker may have been one to al
 REHEARSALS = 20
 _REHEARSED = (("GET", "/health/live"), ("GET", "/health/ready"), ("GET", "/models/status"), ("POST", "/predict"))
 TAINTED = 3  # the exit code of an heir that says itself why it ends
+_Key = tuple[ModelRef, str | None]  # a version, and what the bucket wanted under it
 
 
 class _Announcing(Registry):
@@ -105,7 +109,8 @@ class Line:
         self._channel = channel
         self._tally = tally
         self._generation = generation
-        self._manager = ModelStorageManager.from_settings(settings)
+        self._service = ServiceCounters()  # of its own as long as nothing is real
+        self._manager = ModelStorageManager.from_settings(settings, counters=self._service)
         self._registry = _Announcing(settings.aliases, settings.required_models)
         self._refresher = Refresher(
             self._manager,
@@ -113,13 +118,18 @@ class Line:
             runner_maker(settings),
             refresh_seconds=settings.refresh_seconds,
             load=self._load,
+            service=self._service,
         )
-        self._view = View(self._registry, tally)
+        self._view = View(self._registry, tally, self._service)
         access = access_of(settings, tally.spent)
-        app = assemble(settings, self._manager, self._registry, self._view, access)
+        app = assemble(settings, self._manager, self._registry, self._view, access, self._service)
         asyncio.run(_rehearsed(app))
+        collector = collector_for(settings, self._registry, self._view, self._service)
+        asyncio.run(exposed(collector.samples(collector.figures()), ""))  # what it imports and makes, the workers share
+        self._service.cells = tally.service_cells(tally.looking_seat)
         self._config = prepared(app, keep_alive_seconds=settings.keep_alive_seconds)
-        self._rows: dict[tuple[str, str, str | None], int] = {}
+        self._rows: dict[_Key, int] = {}
+        self._retired: dict[_Key, float] = {}  # of those, what is not served any more; since when, by time.monotonic()
         self._free_rows = deque(range(ROWS))
         self._children: dict[int, _Child] = {}  # by pidfd
         self._deaths: dict[int, int] = {}  # how often each worker has died young
@@ -427,10 +437,18 @@ class Line:
             self._outcome = None
 
     def _assign_rows(self) -> None:
-        """Give each version that is served a row in the tally: the one that it has, or a new one that begins at 0."""
+        """Give each version that is served a row in the tally: the one that it has, or a new one that begins at 0.
+
+        Those of retired versions are kept for a while: they are told, and a version that serves again counts on.
+        """
         slots = [slot for slot in self._registry.snapshot.slots() if slot.runner is not None]
-        keys = {(slot.ref.name, slot.ref.version, slot.content): slot.runner for slot in slots}
-        for key in [key for key in self._rows if key not in keys]:
+        keys = {(slot.ref, slot.content): slot.runner for slot in slots}
+        now = time.monotonic()
+        since = {key: self._retired.get(key, now) for key in self._rows if key not in keys}
+        self._retired = dict(sorted(since.items(), key=lambda item: item[1]))
+        old = [key for key, at in self._retired.items() if at < now - KEPT_SECONDS]
+        for key in [*old, *list(self._retired)[len(old) : -MAX_KEPT]]:
+            del self._retired[key]
             self._free_rows.append(self._rows.pop(key))  # to the end: workers of before may still count there
         for key in keys:
             if key not in self._rows and self._free_rows:
@@ -439,6 +457,7 @@ class Line:
         self._view.rows = {
             runner: self._rows[key] for key, runner in keys.items() if runner is not None and key in self._rows
         }
+        self._view.kept_rows = {key[0]: (self._rows[key], at) for key, at in self._retired.items()}
 
 
 def begin(

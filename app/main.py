@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, MutableSequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -10,19 +11,27 @@ from fastapi import FastAPI
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__
-from app.api import compression, errors, health, openapi, status
+from app.api import compression, errors, health, metrics, openapi, status
 from app.api.predict import Front, Predictor
 from app.auth import Access
+from app.metrics import Collector
 from app.model import Model
 from app.model_storage import ModelStorageManager
 from app.observer import Observer
 from app.refresher import Refresher
 from app.registry import Registry
 from app.runner import Runner
-from app.settings import Settings, load_settings
+from app.service_counters import ServiceCounters, StorageKind
+from app.settings import Mode, Settings, load_settings
 from app.view import View
 
 logger = logging.getLogger("diskless.server")
+_STORAGES: Mapping[Mode, tuple[StorageKind, ...]] = {
+    Mode.CLOUD_ONLY: ("r2",),
+    Mode.R2_FORCED: ("r2", "copy"),
+    Mode.R2_WITH_COPY: ("r2", "copy"),
+    Mode.LOCAL: ("local",),
+}
 
 
 def create_app(settings: Settings | None = None) -> Front:
@@ -31,7 +40,8 @@ def create_app(settings: Settings | None = None) -> Front:
     Its start-up begins to load the models and returns: a server may open its port at once, and readiness follows.
     """
     settings = settings or load_settings()
-    manager = ModelStorageManager.from_settings(settings)
+    service = ServiceCounters()
+    manager = ModelStorageManager.from_settings(settings, counters=service)
     registry = Registry(settings.aliases, settings.required_models)
 
     refresher = Refresher(
@@ -40,6 +50,7 @@ def create_app(settings: Settings | None = None) -> Front:
         runner_maker(settings),
         refresh_seconds=settings.refresh_seconds,
         swap_policy=settings.swap_policy,
+        service=service,
     )
 
     access = access_of(settings)
@@ -54,7 +65,7 @@ def create_app(settings: Settings | None = None) -> Front:
             finally:
                 await refresher.stop()
 
-    return assemble(settings, manager, registry, refresher, access, lifespan)
+    return assemble(settings, manager, registry, refresher, access, service, lifespan)
 
 
 @asynccontextmanager
@@ -89,14 +100,27 @@ def assemble(
     registry: Registry,
     watch: Refresher | View,
     access: Access,
+    service: ServiceCounters,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] = no_lifespan,
 ) -> Front:
-    """Return the ASGI application that answers from a registry, and tells of what `watch` sees."""
+    """Return the ASGI application that answers from a registry, tells of what `watch` sees, and counts in `service`."""
+    collector = collector_for(settings, registry, watch, service)
+
+    @asynccontextmanager
+    async def watched(api: FastAPI) -> AsyncIterator[None]:
+        async with lifespan(api):
+            looking = asyncio.create_task(collector.keep_looking())
+            try:
+                yield
+            finally:
+                looking.cancel()
+                collector.forget_queues()
+
     api = FastAPI(
         title="Diskless",
         version=__version__,
         description="Serves scikit-learn models straight from Cloudflare R2.",
-        lifespan=lifespan,
+        lifespan=watched,
         redoc_url=None,
         redirect_slashes=False,  # a redirect would name the host that the caller named, and http behind a TLS proxy
         exception_handlers=errors.HANDLERS,
@@ -104,7 +128,7 @@ def assemble(
     predictor = Predictor(
         registry,
         access,
-        Observer(sample=settings.access_log_sample),
+        Observer(sample=settings.access_log_sample, service=service),
         max_body_bytes=settings.max_body_bytes,
         max_rows=settings.max_rows,
     )
@@ -112,4 +136,20 @@ def assemble(
     api.include_router(openapi.router(predictor))
     api.include_router(status.router(settings, manager, registry, watch, access))
     api.include_router(health.router(registry))
+    api.include_router(metrics.router(collector, access))
     return Front(predictor, api, registry)
+
+
+def collector_for(
+    settings: Settings, registry: Registry, watch: Refresher | View, service: ServiceCounters
+) -> Collector:
+    """Return what finds the values of the metrics."""
+    return Collector(
+        registry=registry,
+        watch=watch,
+        service=service,
+        storages=_STORAGES[settings.mode],
+        workers=settings.workers if isinstance(watch, View) else 1,
+        max_queue=settings.max_queue,
+        memory_limit_bytes=settings.memory_limit_bytes,
+    )

@@ -1,4 +1,4 @@
-"""What becomes of every answer besides being sent: a share of them is logged, and every refusal and failure.
+"""What becomes of every answer besides being sent: it is counted, and a share of them is logged, and every refusal and failure.
 
 A `Record` is what one request has come to. Where requests are many it is made only for those that will be told of:
 `countdown` says how many go by until the next one.
@@ -11,6 +11,8 @@ import math
 import random
 from time import perf_counter
 from typing import Any
+
+from app.service_counters import Route, ServiceCounters
 
 logger = logging.getLogger("diskless.access")
 FAILURES_PER_SECOND = (
@@ -52,9 +54,10 @@ class Record:
 
 
 class Observer:
-    """Tells of answers. `sample` is the share of those with a status below 400 that are logged."""
+    """Tells of answers, and counts them in `service`. `sample` is the share of those with a status below 400 that are logged."""
 
-    def __init__(self, *, sample: float = 0.0) -> None:
+    def __init__(self, *, sample: float = 0.0, service: ServiceCounters | None = None) -> None:
+        self._service = service or ServiceCounters()
         self._sample = sample
         self.is_muted = False
         self.countdown = (
@@ -82,6 +85,7 @@ class Observer:
         """Tell of an answer that was sent."""
         if self.is_muted:
             return
+        self._service.responded(record.route, status, record.code)
         if status < 400:
             if record.is_sampled and record.route != "health":
                 logger.info("request", extra={"fields": _fields(record, status)})
@@ -91,6 +95,10 @@ class Observer:
                 fields["unlogged_before"], self._unlogged = self._unlogged, 0
             level = logging.ERROR if status == 500 else logging.WARNING
             logger.log(level, "request", extra={"fields": fields})
+
+    def answered(self) -> None:
+        """Count a prediction that was sent, and of which nothing is told."""
+        self._service.responded(Route.PREDICT, 200)
 
     def _may_log_failure(self) -> bool:
         second = int(perf_counter())

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from app import memory
 from app.bundle import Bundle
+from app.counters import Counters
 from app.errors import (
     ArtifactMissing,
     BundleError,
@@ -38,12 +39,15 @@ from app.model_storage import Catalogue, Checked, ModelStorageManager, Wanted, l
 from app.names import ModelRef
 from app.registry import Entry, Registry, Slot, Snapshot, State
 from app.runner import Runner
+from app.service_counters import ServiceCounters
 from app.worker import Worker, limit_native_threads
 
 logger = logging.getLogger("diskless.refresher")
 FIRST_PAUSE_SECONDS = 1.0
 MAX_FAILURE_PAUSE_SECONDS = 900.0
 RETIRE_SECONDS = 30.0  # for a retired runner to end what it computes
+KEPT_SECONDS = 600.0  # for which the counts of a retired version are kept: they are told, and go on if it serves again
+MAX_KEPT = 32  # of those, the latest ones
 UNCONFIRMED = (
     "its parts changed; waiting for one more look that finds them unchanged, in case more of them are being uploaded"
 )
@@ -112,8 +116,10 @@ class Refresher:
         confirm_seconds: float = 10.0,
         swap_policy: Literal["keep", "replace"] = "keep",
         load: Load = load_in_thread,
+        service: ServiceCounters | None = None,
     ) -> None:
         self._manager = manager
+        self._service = service or ServiceCounters()
         self._load_bundle = load
         self._registry = registry
         self._make_runner = make_runner
@@ -135,6 +141,7 @@ class Refresher:
         self._loader = Worker("load")
         self._tasks: set[asyncio.Task[Any]] = set()
         self._retiring: dict[asyncio.Task[None], tuple[ModelRef, float]] = {}  # since when, by time.monotonic()
+        self._kept: dict[ModelRef, tuple[Counters, float]] = {}  # of retired versions, the same
         self.unloading: list[ModelRef] = []
         self.last_sync: datetime | None = None
         self.last_error: str | None = None
@@ -149,6 +156,12 @@ class Refresher:
         """Why a local copy is read instead of the bucket, if it is."""
         reason: str | None = getattr(self._manager.storage, "fallback_reason", None)
         return reason
+
+    @property
+    def kept(self) -> dict[ModelRef, Counters]:
+        """The counts of versions that were retired lately."""
+        oldest = time.monotonic() - KEPT_SECONDS
+        return {ref: counters for ref, (counters, since) in self._kept.items() if since >= oldest}
 
     def start(self) -> None:
         """Begin to look, in the background: the process answers its health checks meanwhile."""
@@ -215,7 +228,13 @@ class Refresher:
                 await asyncio.sleep(self._confirm_seconds)
 
     async def _look(self, *, insist: bool = False) -> Outcome:
-        """Look once. Whatever goes wrong becomes an outcome: nothing may end the looking."""
+        """Look once, and count it. Whatever goes wrong becomes an outcome: nothing may end the looking."""
+        outcome = await self._look_once(insist=insist)
+        changed = outcome.loaded or outcome.retired
+        self._service.looked("failed" if outcome.error is not None else "changed" if changed else "unchanged")
+        return outcome
+
+    async def _look_once(self, *, insist: bool) -> Outcome:
         self._unconfirmed.clear()
         try:
             self._catalogue = catalogue = await self._manager.catalogue(self._catalogue)
@@ -353,10 +372,11 @@ class Refresher:
             logger.info(
                 "serving", extra={"fields": fields | ({"warnings": report.warnings} if report.warnings else {})}
             )
+            self._service.loaded()
             return Slot(
                 ref,
                 State.READY,
-                runner=self._make_runner(model, checked.costs),
+                runner=self._runner(model, checked.costs),
                 bare=wanted.bare,
                 content=wanted.content,
                 parity=checked.parity,
@@ -364,9 +384,18 @@ class Refresher:
                 costs=checked.costs,
                 held_bytes=estimate.expected.resident_bytes,
             )
+        self._service.loaded(failure)
         _forget_frames(failure)
         await self._loader.run(trim_heap)
         return failure
+
+    def _runner(self, model: Model, costs: Mapping[int, float] | None) -> Runner:
+        """Return a runner for a model. If its version was retired lately, it counts on."""
+        runner = self._make_runner(model, costs)
+        counters, _ = self._kept.pop(model.ref, (None, 0.0))
+        if counters is not None:
+            runner.counters = counters
+        return runner
 
     # Room
 
@@ -439,7 +468,7 @@ class Refresher:
         self._replace(name, Entry(slots, serving), catalogue)
         if await self._finish_retiring() & {slot.ref for slot in superseded}:
             again = {
-                slot.ref.version: replace(slot, runner=self._make_runner(slot.runner.model, slot.costs))
+                slot.ref.version: replace(slot, runner=self._runner(slot.runner.model, slot.costs))
                 for slot in superseded
                 if slot.runner is not None
             }
@@ -553,10 +582,18 @@ class Refresher:
         retired = []
         for runner in self._registry.swap(snapshot):
             retired.append(str(runner.model.ref))
+            self._keep(runner)
             task = self._begin(self._retire(runner))
             self._retiring[task] = runner.model.ref, time.monotonic()
             task.add_done_callback(self._retiring.pop)
         return retired
+
+    def _keep(self, runner: Runner) -> None:
+        """Keep a retired runner's counts for a while."""
+        now = time.monotonic()
+        self._kept.pop(runner.model.ref, None)
+        kept = [(ref, entry) for ref, entry in self._kept.items() if entry[1] >= now - KEPT_SECONDS]
+        self._kept = dict([*kept, (runner.model.ref, (runner.counters, now))][-MAX_KEPT:])
 
     async def _retire(self, runner: Runner) -> None:
         ref = runner.model.ref

@@ -90,11 +90,11 @@ _OPERATIONS = _layout.section(STORAGES, OPERATIONS, OUTCOMES)
 _BYTES = _layout.section(STORAGES, DIRECTIONS)
 
 # The same for those who count in a hurry, without tuples.
-_RESPONSE_AT = {
+_RESPONSE_AT: Mapping[str, Mapping[int, int]] = {
     route: {int(status): place for (found, status), place in _RESPONSES.items() if found == route and status != OTHER}
     for route in Route
 }
-_OTHER_RESPONSE_AT = {route: _RESPONSES[route, OTHER] for route in Route}
+_OTHER_RESPONSE_AT: Mapping[str, int] = {route: _RESPONSES[route, OTHER] for route in Route}
 _REFUSAL_AT = {code: place for (code,), place in _REFUSALS.items() if code not in AT_A_MODEL}
 
 
@@ -103,11 +103,12 @@ class ServiceCounters(Cells):
 
     CELLS = _layout.size
 
-    def responded(self, route: Route, status: int, code: str | None = None) -> None:
-        """Count an answer, and the code of its error if it is one. Each answer is counted once, whoever gives it."""
-        cells = self.cells
-        place = _RESPONSE_AT[route].get(status)
-        cells[_OTHER_RESPONSE_AT[route] if place is None else place] += 1
+    def responded(self, route: str, status: int, code: str | None = None) -> None:
+        """Count an answer to a request for a `Route`, and the code of its error if it is one. Each answer is counted once."""
+        try:
+            self.cells[_RESPONSE_AT[route][status]] += 1
+        except KeyError:
+            self.cells[_OTHER_RESPONSE_AT.get(route, _OTHER_RESPONSE_AT[Route.OTHER])] += 1
         if code is not None:
             self.refused(code)
 

@@ -7,6 +7,7 @@ for its runners: which models it serves was settled when it was forked.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -14,9 +15,10 @@ from typing import Any
 
 from app.counters import Counters
 from app.names import ModelRef
-from app.refresher import Outcome, Refresher
+from app.refresher import KEPT_SECONDS, Outcome, Refresher
 from app.registry import Entry, Registry, Slot, Snapshot, State
 from app.runner import Runner
+from app.service_counters import ServiceCounters
 from app.tally import Tally
 
 STARTING = "the service is starting: try again in a moment"
@@ -51,11 +53,16 @@ def _slot(slot: Slot) -> dict[str, Any]:
 class View:
     """A worker's picture of the service around it. Stands where the status would ask a `Refresher`."""
 
-    def __init__(self, registry: Registry, tally: Tally) -> None:
+    def __init__(self, registry: Registry, tally: Tally, service: ServiceCounters) -> None:
         self._registry = registry
         self._tally = tally
+        self._counters = service
         self._service: dict[str, Any] = {}
+        self._seat: int | None = None
         self.rows: Mapping[Runner, int] = {}  # where each runner's model is counted
+        self.kept_rows: Mapping[
+            ModelRef, tuple[int, float]
+        ] = {}  # of versions retired lately; since when, by time.monotonic()
         self.ask: Callable[[], Awaitable[Outcome]] | None = None
         self.last_sync: datetime | None = None
         self.last_error: str | None = None
@@ -75,9 +82,31 @@ class View:
         return runner.counters if row is None else self._tally.total(row)
 
     def count_here(self, seat: int) -> None:
-        """Let each runner count where this worker counts."""
+        """Let each runner count where this worker counts, and the service as well."""
+        self._seat = seat
+        self._counters.cells = self._tally.service_cells(seat)
         for runner, row in self.rows.items():
             runner.counters = self._tally.counters(row, seat)
+
+    def waiting(self, runner: Runner) -> Counters:
+        """Return counters that have how many requests wait for a runner's model, in all workers that are there."""
+        row = self.rows.get(runner)
+        return runner.counters if row is None else self._tally.total(row, self._seats())
+
+    def _seats(self) -> set[int]:
+        """Return where those count who are there: what a process last said of itself that is gone is not true any more."""
+        seats = {self._tally.seat(one["generation"], one["number"]) for one in self._service.get("processes", ())}
+        return seats if self._seat is None else seats | {self._seat}
+
+    @property
+    def kept(self) -> dict[ModelRef, Counters]:
+        """What all workers have counted for versions that were retired lately."""
+        oldest = time.monotonic() - KEPT_SECONDS
+        return {ref: self._tally.total(row) for ref, (row, since) in self.kept_rows.items() if since >= oldest}
+
+    def service_total(self) -> ServiceCounters:
+        """Return what all processes together have counted that is no version's."""
+        return self._tally.service_total()
 
     def workers(self) -> dict[str, Any]:
         """Return the processes that answer, as the supervisor last told of them; `pid` is this one's."""

@@ -24,8 +24,9 @@ ORDER = [
     "listening",
     "processes",
     "channel",
-    "observer",
     "counters",
+    "service_counters",
+    "observer",
     "tally",
     "worker",
     "signature",
@@ -60,6 +61,7 @@ ORDER = [
     "compiler.heads",
     "compiler.trees",
     "storage.base",
+    "storage.counted",
     "storage.reader",
     "storage.local",
     "storage.copy",
@@ -94,6 +96,7 @@ ORDER = [
     "registry",
     "refresher",
     "view",
+    "metrics",
     "auth",
     "api.compression",
     "api.errors",
@@ -102,6 +105,7 @@ ORDER = [
     "api.openapi",
     "api.health",
     "api.status",
+    "api.metrics",
     "main",
     "protocol",
     "direct",
@@ -112,7 +116,10 @@ ORDER = [
 ]
 BORDERS = {
     ("aioboto3", "aiobotocore", "boto3", "botocore", "aiohttp"): {"storage.r2"},
-    ("fastapi", "starlette"): {"api.errors", "api.openapi", "api.health", "api.guards", "api.status", "main"},
+    ("fastapi", "starlette"): {
+        *("api.errors", "api.openapi", "api.health", "api.guards", "api.metrics", "api.status", "main"),
+    },
+    ("prometheus_client",): {"metrics"},
     ("uvicorn", "uvloop", "httptools"): {"protocol", "direct"},
     ("msgspec",): {"intake"},
     ("pydantic_settings", "dotenv"): {"settings"},
@@ -181,7 +188,7 @@ def test_no_module_imports_a_heavy_library_before_it_needs_it(name):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("app.main", HEAVY | {"aioboto3", "botocore"}),
+        ("app.main", HEAVY | {"aioboto3", "botocore", "prometheus_client"}),
         ("app.cli", HEAVY | {"numpy", "fastapi", "uvicorn", "aioboto3", "botocore"}),
         ("app.settings", HEAVY | {"numpy", "fastapi"}),
         ("app.gate", HEAVY | {"onnxruntime"}),

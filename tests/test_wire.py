@@ -720,7 +720,7 @@ def test_openapi_has_every_route_and_nothing_else(document):
         ("post", "/predict"),
         ("post", "/models/{name}/predict"),
         ("post", "/models/refresh"),
-        *[("get", path) for path in ("/models/status", "/health", "/health/ready", "/health/live")],
+        *[("get", path) for path in ("/models/status", "/metrics", "/health", "/health/ready", "/health/live")],
     }
 
 
