@@ -44,6 +44,8 @@ _FIRST_BUCKET = _FIRST_BATCH + _BATCH_SIZES
 _BUCKETS = 120  # the last one begins at 15 minutes, in microseconds
 _QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 
+_MOST_ROWS = 1 << (_BATCH_SIZES - 2)
+
 BATCH_BOUNDS = tuple(1 << power for power in range(_BATCH_SIZES - 1))
 """Upper ends of the buckets of batches but for the last, in rows."""
 
@@ -124,7 +126,7 @@ class Counters(Cells):
         """Count a batch."""
         cells = self.cells
         cells[_BATCH_ROWS] += rows
-        cells[_FIRST_BATCH + min((rows - 1).bit_length(), _BATCH_SIZES - 1)] += 1
+        cells[_FIRST_BATCH + (rows - 1).bit_length() if rows <= _MOST_ROWS else _FIRST_BUCKET - 1] += 1
 
     def answered(self, rows: int, seconds: float) -> None:
         """Count a request that was answered."""
@@ -173,9 +175,10 @@ def bucket_of(nanoseconds: int) -> int:
     """Return the bucket of a latency: microseconds one by one up to 8, then four for every doubling, each with its upper end."""
     microseconds = (nanoseconds - 1) // 1000
     if microseconds < 8:
-        return max(microseconds, 0)
+        return microseconds if microseconds > 0 else 0
     bits = microseconds.bit_length()
-    return min(4 * (bits - 2) + (microseconds >> (bits - 3) & 3), _BUCKETS - 1)
+    bucket = 4 * (bits - 2) + (microseconds >> (bits - 3) & 3)
+    return bucket if bucket < _BUCKETS else _BUCKETS - 1
 
 
 def upper_end_of(bucket: int) -> int:
