@@ -34,6 +34,9 @@ CODES = (*sorted({kind.code for kind in descendants(RequestError)} | {*_OTHER_CO
 AT_A_MODEL = ("invalid_input", "overloaded", "prediction_failed", "prediction_timeout")
 """Codes of requests whose model was known: a runner counts those."""
 
+KEPT_SECONDS = 600.0  # for which the counts of a retired version are kept: they are told, and go on if it serves again
+MAX_KEPT = 32  # of those, the latest ones
+
 _ROWS, _NANOSECONDS, _BATCH_ROWS, _QUEUED, _IN_FLIGHT = range(5)
 _FIRST_ERROR = 5
 _ERROR_AT = {code: _FIRST_ERROR + position for position, code in enumerate(CODES)}

@@ -23,7 +23,6 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,12 +42,12 @@ from app.model import Model
 from app.model_storage import Checked, ModelStorageManager, check, load, settled
 from app.names import ModelRef
 from app.processes import end_with_parent, how_it_ended, other_threads
-from app.refresher import KEPT_SECONDS, MAX_KEPT, Outcome, Refresher
+from app.refresher import Outcome, Refresher
 from app.registry import Registry, Snapshot
 from app.runner import Runner
 from app.service_counters import ServiceCounters
 from app.settings import Settings
-from app.tally import ROWS, Tally
+from app.tally import Ledger, Tally
 from app.view import View, described
 from app.worker import Worker, limit_native_threads
 
@@ -63,7 +62,6 @@ TERMINATED_PAUSE_SECONDS = 1.0  # a signal to one worker may have been one to al
 REHEARSALS = 20
 _REHEARSED = (("GET", "/health/live"), ("GET", "/health/ready"), ("GET", "/models/status"), ("POST", "/predict"))
 TAINTED = 3  # the exit code of an heir that says itself why it ends
-_Key = tuple[ModelRef, str | None]  # a version, and what the bucket wanted under it
 
 
 class _Announcing(Registry):
@@ -128,9 +126,8 @@ class Line:
         asyncio.run(exposed(collector.samples(collector.figures()), ""))  # what it imports and makes, the workers share
         self._service.cells = tally.service_cells(tally.looking_seat)
         self._config = prepared(app, keep_alive_seconds=settings.keep_alive_seconds)
-        self._rows: dict[_Key, int] = {}
-        self._retired: dict[_Key, float] = {}  # of those, what is not served any more; since when, by time.monotonic()
-        self._free_rows = deque(range(ROWS))
+        # by version, and what the bucket wanted under it
+        self._ledger = Ledger[tuple[ModelRef, str | None]](tally)
         self._children: dict[int, _Child] = {}  # by pidfd
         self._deaths: dict[int, int] = {}  # how often each worker has died young
         # The heir's
@@ -437,27 +434,12 @@ class Line:
             self._outcome = None
 
     def _assign_rows(self) -> None:
-        """Give each version that is served a row in the tally: the one that it has, or a new one that begins at 0.
-
-        Those of retired versions are kept for a while: they are told, and a version that serves again counts on.
-        """
+        """Give each version that is served its row in the tally."""
         slots = [slot for slot in self._registry.snapshot.slots() if slot.runner is not None]
-        keys = {(slot.ref, slot.content): slot.runner for slot in slots}
-        now = time.monotonic()
-        since = {key: self._retired.get(key, now) for key in self._rows if key not in keys}
-        self._retired = dict(sorted(since.items(), key=lambda item: item[1]))
-        old = [key for key, at in self._retired.items() if at < now - KEPT_SECONDS]
-        for key in [*old, *list(self._retired)[len(old) : -MAX_KEPT]]:
-            del self._retired[key]
-            self._free_rows.append(self._rows.pop(key))  # to the end: workers of before may still count there
-        for key in keys:
-            if key not in self._rows and self._free_rows:
-                self._rows[key] = row = self._free_rows.popleft()
-                self._tally.clear(row)
-        self._view.rows = {
-            runner: self._rows[key] for key, runner in keys.items() if runner is not None and key in self._rows
-        }
-        self._view.kept_rows = {key[0]: (self._rows[key], at) for key, at in self._retired.items()}
+        runners = {(slot.ref, slot.content): slot.runner for slot in slots}
+        rows = self._ledger.assign(runners)
+        self._view.rows = {runner: rows[key] for key, runner in runners.items() if runner is not None and key in rows}
+        self._view.kept_rows = {ref: place for (ref, _), place in self._ledger.kept.items()}
 
 
 def begin(

@@ -31,7 +31,7 @@ LATENCY_BOUNDS = (
 SAMPLE_SECONDS = 1.0  # between two looks at how many requests wait
 PIECE_SAMPLES = 50  # that are written between two turns of the event loop
 _EOF = b"# EOF\n"  # the last line in OpenMetrics
-_PREDICTION_STATUSES = ("400", "401", "404", "413", "422", "429", "500", "503", "504")
+_PREDICTION_STATUSES = ("400", "401", "404", "413", "415", "422", "429", "500", "503", "504")
 
 
 # The table

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from app import memory
 from app.bundle import Bundle
-from app.counters import Counters
+from app.counters import KEPT_SECONDS, MAX_KEPT, Counters
 from app.errors import (
     ArtifactMissing,
     BundleError,
@@ -46,8 +46,6 @@ logger = logging.getLogger("diskless.refresher")
 FIRST_PAUSE_SECONDS = 1.0
 MAX_FAILURE_PAUSE_SECONDS = 900.0
 RETIRE_SECONDS = 30.0  # for a retired runner to end what it computes
-KEPT_SECONDS = 600.0  # for which the counts of a retired version are kept: they are told, and go on if it serves again
-MAX_KEPT = 32  # of those, the latest ones
 UNCONFIRMED = (
     "its parts changed; waiting for one more look that finds them unchanged, in case more of them are being uploaded"
 )

@@ -7,10 +7,12 @@ soon enough keeps its numbers.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, MutableSequence
+import time
+from collections import deque
+from collections.abc import Collection, Hashable, Iterable, MutableSequence
 from typing import cast
 
-from app.counters import Counters
+from app.counters import KEPT_SECONDS, MAX_KEPT, Counters
 from app.rates import MAX_CALLERS
 from app.service_counters import ServiceCounters
 
@@ -65,3 +67,39 @@ class Tally:
         """Begin to count at 0: the row is another version's from here on."""
         size = self._seats * Counters.CELLS * 8
         self._memory[row * size : (row + 1) * size] = bytes(size)
+
+
+class Ledger[Key: Hashable]:
+    """Which row each version is counted in. Of the process that loads; whoever it forks has what it says then.
+
+    Rows of versions that are not served any more are kept for a while: they are told, and a version that serves again counts on.
+    """
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._rows: dict[Key, int] = {}
+        self._retired: dict[Key, float] = {}  # since when, by time.monotonic(); the oldest first
+        self._free = deque(range(ROWS))
+
+    @property
+    def kept(self) -> dict[Key, tuple[int, float]]:
+        """The rows of retired versions, and since when they are, by time.monotonic()."""
+        return {key: (self._rows[key], since) for key, since in self._retired.items()}
+
+    def assign(self, served: Collection[Key]) -> dict[Key, int]:
+        """Return the row of each version that is served: the one that it has, or a new one that begins at 0.
+
+        There is none for what comes when all rows are taken.
+        """
+        now = time.monotonic()
+        since = {key: self._retired.get(key, now) for key in self._rows if key not in served}
+        self._retired = dict(sorted(since.items(), key=lambda item: item[1]))
+        old = [key for key, at in self._retired.items() if at < now - KEPT_SECONDS]
+        for key in [*old, *list(self._retired)[len(old) : -MAX_KEPT]]:
+            del self._retired[key]
+            self._free.append(self._rows.pop(key))  # to the end: workers of before may still count there
+        for key in served:
+            if key not in self._rows and self._free:
+                self._rows[key] = row = self._free.popleft()
+                self._tally.clear(row)
+        return {key: self._rows[key] for key in served if key in self._rows}

@@ -13,9 +13,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from app.counters import Counters
+from app.counters import KEPT_SECONDS, Counters
 from app.names import ModelRef
-from app.refresher import KEPT_SECONDS, Outcome, Refresher
+from app.refresher import Outcome, Refresher
 from app.registry import Entry, Registry, Slot, Snapshot, State
 from app.runner import Runner
 from app.service_counters import ServiceCounters

@@ -26,16 +26,17 @@ import numpy as np
 import pytest
 
 from app.counters import AT_A_MODEL
-from app.metrics import BATCH_ROWS, LATENCY, LATENCY_BOUNDS, REQUESTS, TABLE, markdown
+from app.metrics import BATCH_ROWS, LATENCY, LATENCY_BOUNDS, REFUSALS, REQUESTS, TABLE, markdown
 from app.model_storage import ModelStorageManager
 from app.registry import State
 from app.storage.local import LocalStorage
 from app.storage.r2 import R2Storage
 from tests import faults, toys
+from tests.asgi import application, client
 from tests.faults import FaultyProxy
 from tests.repository import ROWS, linear, put
 from tests.scraping import OPENMETRICS, TEXT, Scrape, changes, scrape, scrape_until
-from tests.service import Service, r2_environment, running
+from tests.service import AS_ADMIN, Service, r2_environment, running
 from tests.test_prefork import Load, family, in_thread, refresh, workers
 from tests.trusted import TRUST
 
@@ -63,7 +64,8 @@ def service(request, tmp_path_factory) -> Iterator[Service]:
     manager.save("fails", toys.Fails())
     manager.save("naps", toys.Naps(), examples=np.zeros((2, 3)))
     (folder / "models" / "broken.joblib").write_bytes(b"not a model")
-    environment = local(folder, request.param, ML_MAX_QUEUE="3", ML_REQUIRED_MODELS="linear,naps,fails")
+    more = {"ML_MAX_QUEUE": "3", "ML_REQUIRED_MODELS": "linear,naps,fails", "ML_ACCESS_LOG_SAMPLE": "1"}
+    environment = local(folder, request.param, **more)
     with running(environment) as running_service:
         running_service.wait_live().wait_ready()
         yield (
@@ -233,28 +235,64 @@ def test_answers_of_routes_are_counted_and_what_never_reached_a_model(service):
         *4 * [("GET", "/nowhere/secret", "other", 404)],
         ("GET", "/nowhere/else", "other", 404),
         *2 * [("DELETE", "/models/status", "status", 405)],
-        *3 * [("GET", "/models/linear/predict", "predict", 405)],
+        *3 * [("GET", "/models/linear/predict", "other", 405)],
         ("POST", "/models/refresh", "refresh", 200),
         ("HEAD", "/metrics", "metrics", 200),
     ]
     for method, path, _, status in asked:
         assert service.client.request(method, path).status_code == status
+    bodies: list[tuple[Any, int]] = [
+        *5 * [({"model": "linear", "instances": ONE}, 200)],
+        *2 * [({"model": "linear", "instances": ["?"]}, 422)],
+        ({"model": "fails", "instances": ONE}, 500),
+        *3 * [({"model": "secret", "instances": ONE}, 404)],
+        *2 * [("{", 400)],
+        ([], 400),
+    ]
+    for body, status in bodies:
+        content = body if isinstance(body, str) else json.dumps(body)
+        assert service.client.post("/predict", content=content).status_code == status
+    with httpx.Client(base_url=service.url, trust_env=False) as stranger:
+        assert stranger.get("/metrics").status_code == 401
+        assert stranger.get("/models/status").status_code == 401
 
-    after = scrape(service)
     expected = Counter((route, str(status)) for _, _, route, status in asked)
-    expected["metrics", "200"] += 1  # the first scrape was not answered when it was written
+    expected += Counter(("predict", str(status)) for _, status in bodies)
+    expected += Counter({("metrics", "401"): 1, ("status", "401"): 1})
+    del expected["metrics", "200"]  # each look is one more
+
+    def answers(found: Scrape) -> dict[tuple[str, str], float]:
+        grown = {
+            (dict(labels)["route"], dict(labels)["status"]): change
+            for (name, labels), change in changes(before, found).items()
+            if name == "diskless_http_responses_total"
+        }
+        assert grown.pop(("metrics", "200")) >= 1
+        return grown
+
+    # Another worker may have answered the stranger, and may not have counted that yet.
+    after = scrape_until(service, lambda found: answers(found) == expected)
     grown = changes(before, after)
-    found = {
-        (dict(labels)["route"], dict(labels)["status"]): change
-        for (name, labels), change in grown.items()
-        if name == "diskless_http_responses_total"
+    refused = {dict(labels)["code"]: change for (name, labels), change in grown.items() if name == REFUSALS.name}
+    assert refused == {
+        **{"not_found": 5, "method_not_allowed": 5, "model_not_found": 3, "unauthorized": 2},
+        **{"invalid_json": 2, "invalid_request": 1},
     }
-    assert found == expected
-    refused = {
-        dict(labels)["code"]: change for (name, labels), change in grown.items() if name == "diskless_refused_total"
-    }
-    assert refused == {"not_found": 5, "method_not_allowed": 5}
     assert "secret" not in after.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({}, 401), ({"x-api-key": "a-key-of-a-caller"}, 403), (AS_ADMIN, 200), ({"x-api-key": "nobody's, I think"}, 401)],
+)
+async def test_only_administrators_are_told(tmp_path, headers, status):
+    variables = {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(tmp_path), "ML_API_KEYS": "ann:a-key-of-a-caller"}
+    async with application(**variables) as app, client(app) as http:
+        http.headers.pop("x-api-key")
+        answer = await http.get("/metrics", headers=headers)
+
+    assert answer.status_code == status
+    assert ("diskless_ready" in answer.text) == (status == 200)
 
 
 def test_what_may_be_counted_is_told_before_it_is(service):
@@ -277,12 +315,12 @@ def test_requests_that_wait_and_are_computed_are_told_while_they_are(service):
     stop = threading.Event()
 
     def call(_: int) -> None:
-        with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as client:
-            while not stop.is_set():
-                client.post("/predict", json=body)
+        while not stop.is_set():  # on connections of their own: in the end each worker has as many as it takes
+            httpx.post(f"{service.url}/predict", json=body, trust_env=False, timeout=60)
 
-    with ThreadPoolExecutor(16) as pool:
-        done = pool.map(call, range(16))
+    callers = per_worker * count + 2
+    with ThreadPoolExecutor(callers) as pool:
+        done = pool.map(call, range(callers))
         try:
             found = scrape_until(
                 service,
@@ -359,7 +397,7 @@ def test_the_counts_of_a_worker_that_was_killed_stay_and_its_successor_counts_on
         for number in (0, 1):
             os.kill(before[number], signal.SIGKILL)
         service.client.close()
-        service.client = httpx.Client(base_url=service.url, timeout=30, trust_env=False)
+        service.client = httpx.Client(base_url=service.url, headers=AS_ADMIN, timeout=30, trust_env=False)
         service.wait_for(
             lambda status: workers(status).keys() == {0, 1} and not {*workers(status).values()} & {*before.values()},
             "with two other workers",

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from app import refresher
 from app.errors import ModelNotFound, ModelNotReady, StorageDenied, StorageUnavailable
 from app.model_storage import ModelStorageManager
 from app.refresher import pause_seconds
@@ -16,7 +17,7 @@ from app.runner import Runner
 from app.storage.local import LocalStorage
 from app.storage.r2 import R2Storage
 from tests import estimators
-from tests.repository import ROWS, Watched, classifier, draft, dumped, expected, linear, scaler, serving
+from tests.repository import ROWS, Watched, classifier, draft, dumped, expected, linear, put, scaler, serving
 from tests.trusted import TRUST
 
 ONE = [[1.0, 1.0, 1.0]]
@@ -162,6 +163,44 @@ async def test_a_promoted_version_replaces_the_old_one_and_its_runner_goes(manag
             served.registry.get("a", version="1")
         rows = old.model.signature.validate(ONE)  # a request that took its runner just before the swap
         assert (await old.predict(rows, "predict")).tolist() == pytest.approx([4])
+
+
+async def test_the_counts_of_retired_versions_are_kept_and_go_on_when_they_serve_again(manager, monkeypatch):
+    monkeypatch.setattr(refresher, "MAX_KEPT", 2)
+    async with serving(manager) as served:
+        for version in range(1, 5):
+            await manager.publish("a", draft(linear(version)), promote=True)
+            await served.refresher.look_now()
+            for _ in range(version):
+                await served.ask(ONE, "a")
+        kept = {ref.version: counters.answers for ref, counters in served.refresher.kept.items()}
+        assert kept == {"2": 2, "3": 3}
+
+        await manager.rollback("a")
+        await served.refresher.look_now()
+        assert served.registry.get("a").counters.answers == 3
+        await served.ask(ONE, "a")
+
+        assert served.registry.get("a").counters.answers == 4
+        assert {ref.version for ref in served.refresher.kept} == {"2", "4"}
+        monkeypatch.setattr(refresher, "KEPT_SECONDS", -1)
+        assert served.refresher.kept == {}
+
+
+async def test_looks_and_loads_are_counted_by_how_they_ended(manager, storage):
+    async with serving(manager) as served:
+        counted = served.refresher._service
+        await served.refresher.look_now()
+        await manager.publish("a", draft(linear(1)))
+        await served.refresher.look_now()
+        put(manager, "models/b.joblib", b"not a model")
+        await served.refresher.look_now()
+        storage.fail(down())
+        await served.refresher.look_now()
+
+        assert counted.looks == {("unchanged",): 2, ("changed",): 1, ("failed",): 1}
+        loads = {labels[0]: count for labels, count in counted.loads.items() if count}
+        assert loads == {"ok": 1, "load_failed": 1}
 
 
 async def test_requests_that_wait_in_a_retired_runner_are_answered(manager):

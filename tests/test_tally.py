@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from app import tally as tallies
 from app.service_counters import Route, ServiceCounters
-from app.tally import GENERATIONS, Tally
+from app.tally import GENERATIONS, Ledger, Tally
 
 WORKERS = 3
 
@@ -67,3 +68,57 @@ def test_what_is_true_of_a_moment_is_asked_of_some_seats_only():
     found = tally.total(0, [1, 3])
 
     assert (found.queued, found.in_flight) == (20, 22)
+
+
+def test_a_version_has_a_row_of_its_own_that_begins_at_nothing():
+    tally = Tally(WORKERS)
+    for row in range(3):
+        tally.counters(row, 0).failed("overloaded")
+    ledger = Ledger[str](tally)
+
+    rows = ledger.assign(["a/1", "b/1"])
+
+    assert len({*rows.values()}) == 2
+    assert [tally.total(row).errors for row in rows.values()] == [0, 0]
+    assert ledger.assign(["b/1", "a/1"]) == rows
+
+
+def test_a_retired_version_is_kept_and_counts_on_where_it_was_when_it_serves_again():
+    tally = Tally(WORKERS)
+    ledger = Ledger[str](tally)
+    first = ledger.assign(["a/1"])
+    tally.counters(first["a/1"], 0).failed("overloaded")
+
+    second = ledger.assign(["a/2"])
+    assert first["a/1"] != second["a/2"]
+    assert [(key, row) for key, (row, _) in ledger.kept.items()] == [("a/1", first["a/1"])]
+
+    assert ledger.assign(["a/1", "a/2"]) == first | second
+    assert ledger.kept == {}
+    assert tally.total(first["a/1"]).errors == 1
+
+
+def test_of_retired_versions_the_latest_are_kept_for_a_while(monkeypatch):
+    monkeypatch.setattr(tallies, "MAX_KEPT", 2)
+    ledger = Ledger[int](Tally(WORKERS))
+    for version in range(6):
+        ledger.assign([version])
+
+    assert [*ledger.kept] == [3, 4]
+    monkeypatch.setattr(tallies, "KEPT_SECONDS", -1)
+    rows = ledger.assign([5, 6])
+    assert ledger.kept == {}
+    assert len({*rows.values()}) == 2
+
+
+def test_rows_are_used_again_and_what_comes_when_all_are_taken_has_none(monkeypatch):
+    monkeypatch.setattr(tallies, "ROWS", 3)
+    monkeypatch.setattr(tallies, "MAX_KEPT", 1)
+    tally = Tally(1)
+    ledger = Ledger[int](tally)
+    for version in range(10):
+        (row,) = ledger.assign([version]).values()
+        assert tally.total(row).rows == 0
+        tally.counters(row, 0).answered(1, 0.1)
+
+    assert len(ledger.assign([20, 21, 22])) == 2  # one row is still kept
