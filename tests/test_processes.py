@@ -90,7 +90,6 @@ def test_what_processes_have_computed_is_told_also_when_they_have_ended(start: C
 
 
 def test_what_is_shared_counts_in_parts():
-    shared = bytearray(64 * MB)
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -106,7 +105,6 @@ def test_what_is_shared_counts_in_parts():
     finally:
         os.close(writing)
         os.waitpid(child, 0)
-        del shared
 
 
 def test_a_process_that_is_not_there_uses_nothing(start: Callable[..., subprocess.Popen[str]]):
