@@ -235,9 +235,9 @@ class Collector:
         version, model = slot.ref.version, runner.model
         view = self.watch if isinstance(self.watch, View) else None
         _add_counts(samples, slot.ref, view.counters(runner) if view else runner.counters)
-        waiting = view.waiting(runner) if view else runner.counters
-        samples.add(QUEUE, waiting.queued, name, version)
-        samples.add(IN_FLIGHT, waiting.in_flight, name, version)
+        queued, in_flight = view.waiting(runner) if view else (runner.queued, runner.in_flight)
+        samples.add(QUEUE, queued, name, version)
+        samples.add(IN_FLIGHT, in_flight, name, version)
         aliases = ",".join(alias for alias, label in entry.serving.items() if label == version)
         sealed = model.report.sealed_by is not None
         samples.add(MODEL, 1, name, version, aliases, model.runtime, _yes(sealed), _yes(slot.bare))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, MutableSequence
+from collections.abc import Collection, Hashable, MutableSequence
 from typing import cast
 
 from app.counters import KEPT_SECONDS, MAX_KEPT, Counters
@@ -50,9 +50,9 @@ class Tally:
         start = (row * self._seats + seat) * Counters.CELLS
         return Counters(cast(MutableSequence[int], self._cells[start : start + Counters.CELLS]))
 
-    def total(self, row: int, seats: Iterable[int] | None = None) -> Counters:
-        """Return what all workers together have counted for a version, or those on some seats."""
-        return Counters.sum(self.counters(row, seat) for seat in (range(self._seats) if seats is None else seats))
+    def total(self, row: int) -> Counters:
+        """Return what all workers together have counted for a version."""
+        return Counters.sum(self.counters(row, seat) for seat in range(self._seats))
 
     def service_cells(self, seat: int) -> MutableSequence[int]:
         """Return the cells of the `ServiceCounters` of one seat."""

@@ -60,9 +60,8 @@ class View:
         self._service: dict[str, Any] = {}
         self._seat: int | None = None
         self.rows: Mapping[Runner, int] = {}  # where each runner's model is counted
-        self.kept_rows: Mapping[
-            ModelRef, tuple[int, float]
-        ] = {}  # of versions retired lately; since when, by time.monotonic()
+        # The same of versions that were retired lately, and since when they are, by time.monotonic().
+        self.kept_rows: Mapping[ModelRef, tuple[int, float]] = {}
         self.ask: Callable[[], Awaitable[Outcome]] | None = None
         self.last_sync: datetime | None = None
         self.last_error: str | None = None
@@ -88,10 +87,11 @@ class View:
         for runner, row in self.rows.items():
             runner.counters = self._tally.counters(row, seat)
 
-    def waiting(self, runner: Runner) -> Counters:
-        """Return counters that have how many requests wait for a runner's model, in all workers that are there."""
+    def waiting(self, runner: Runner) -> tuple[int, int]:
+        """Return how many requests wait for a runner's model, and how many wait or are computed, in all workers that are there."""
         row = self.rows.get(runner)
-        return runner.counters if row is None else self._tally.total(row, self._seats())
+        places = [runner.counters] if row is None else [self._tally.counters(row, seat) for seat in self._seats()]
+        return sum(place.queued for place in places), sum(place.in_flight for place in places)
 
     def _seats(self) -> set[int]:
         """Return where those count who are there: what a process last said of itself that is gone is not true any more."""

@@ -60,16 +60,6 @@ def test_a_row_of_another_version_begins_at_nothing_and_the_others_keep_what_the
     assert [tally.total(row).batch_rows for row in (0, 1, 2)] == [8, 0, 8]
 
 
-def test_what_is_true_of_a_moment_is_asked_of_some_seats_only():
-    tally = Tally(WORKERS)
-    for seat in range(4):
-        tally.counters(0, seat).waits(10, 11)
-
-    found = tally.total(0, [1, 3])
-
-    assert (found.queued, found.in_flight) == (20, 22)
-
-
 def test_a_version_has_a_row_of_its_own_that_begins_at_nothing():
     tally = Tally(WORKERS)
     for row in range(3):
