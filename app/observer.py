@@ -12,7 +12,7 @@ import random
 from time import perf_counter
 from typing import Any
 
-from app.service_counters import Route, ServiceCounters
+from app.service_counters import ServiceCounters
 
 logger = logging.getLogger("diskless.access")
 FAILURES_PER_SECOND = (
@@ -57,7 +57,7 @@ class Observer:
     """Tells of answers, and counts them in `service`. `sample` is the share of those with a status below 400 that are logged."""
 
     def __init__(self, *, sample: float = 0.0, service: ServiceCounters | None = None) -> None:
-        self._service = service or ServiceCounters()
+        self.service = service or ServiceCounters()
         self._sample = sample
         self.is_muted = False
         self.countdown = (
@@ -85,7 +85,7 @@ class Observer:
         """Tell of an answer that was sent."""
         if self.is_muted:
             return
-        self._service.responded(record.route, status, record.code)
+        self.service.responded(record.route, status, record.code)
         if status < 400:
             if record.is_sampled and record.route != "health":
                 logger.info("request", extra={"fields": _fields(record, status)})
@@ -95,10 +95,6 @@ class Observer:
                 fields["unlogged_before"], self._unlogged = self._unlogged, 0
             level = logging.ERROR if status == 500 else logging.WARNING
             logger.log(level, "request", extra={"fields": fields})
-
-    def answered(self) -> None:
-        """Count a prediction that was sent, and of which nothing is told."""
-        self._service.responded(Route.PREDICT, 200)
 
     def _may_log_failure(self) -> bool:
         second = int(perf_counter())

@@ -95,6 +95,7 @@ _RESPONSE_AT: Mapping[str, Mapping[int, int]] = {
     for route in Route
 }
 _OTHER_RESPONSE_AT: Mapping[str, int] = {route: _RESPONSES[route, OTHER] for route in Route}
+_PREDICTED = _RESPONSES[Route.PREDICT, "200"]
 _REFUSAL_AT = {code: place for (code,), place in _REFUSALS.items() if code not in AT_A_MODEL}
 
 
@@ -111,6 +112,10 @@ class ServiceCounters(Cells):
             self.cells[_OTHER_RESPONSE_AT.get(route, _OTHER_RESPONSE_AT[Route.OTHER])] += 1
         if code is not None:
             self.refused(code)
+
+    def predicted(self) -> None:
+        """Count a prediction that was answered, as `responded` does, for those who have no time."""
+        self.cells[_PREDICTED] += 1
 
     def refused(self, code: str) -> None:
         """Count a request that never reached a model. Those of a model's own codes did: its counters have them."""

@@ -130,9 +130,12 @@ def test_answers_are_counted_by_route_and_status():
     ]
     for route, status in sent:
         counters.responded(route, status)
+    for _ in range(5):
+        counters.predicted()
+    sent += 5 * [(Route.PREDICT, 200)]
 
     assert {labels: count for labels, count in counters.responses.items() if count} == {
-        **{(route, str(status)): 3 for route in Route for status in (200, 404, 503)},
+        **{(route, str(status)): sent.count((route, status)) for route in Route for status in (200, 404, 503)},
         ("docs", "other"): 2,
     }
     assert not any(counters.refusals.values())
