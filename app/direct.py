@@ -405,6 +405,8 @@ class DirectProtocol(DrainingProtocol):
         self._send(exchange, b"%b%d\r\nx-request-id: %b\r\n%b\r\n%b" % (start, len(body), identity, close, body))
         if exchange.record is not None:
             self._shared.observer.tell(exchange.record, 200)
+        else:
+            self._shared.observer.service.predicted()
 
     def refuse(
         self, exchange: Exchange, status: int, body: bytes, headers: dict[str, str], code: str | None = None

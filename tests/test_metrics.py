@@ -445,6 +445,8 @@ async def test_over_hot_swaps_nothing_decreases_and_each_version_begins_at_nothi
         await in_thread(
             scrape_until, service, lambda found: found.by("version", "diskless_requests_total", model="a") == by_version
         )
+        found = await in_thread(scrape, service)
+        assert found.sum("diskless_http_responses_total", route="predict", status="200") == len(load.answers)
         counters = {metric.name for metric in TABLE if metric.kind == "counter"}
         for earlier, later in itertools.pairwise(scrapes):
             for (name, labels), value in earlier.samples.items():
