@@ -22,10 +22,13 @@ _SHOW = "show it as `Authorization: Bearer KEY` or as `X-API-Key: KEY`"
 class Caller:
     """Whoever sent a request, as far as it is known: a key's name, None without one."""
 
-    __slots__ = ("bucket", "is_admin", "name")
+    __slots__ = ("bucket", "is_admin", "name", "place")
 
-    def __init__(self, name: str | None, *, is_admin: bool = False, bucket: Bucket | None = None) -> None:
+    def __init__(
+        self, name: str | None, place: int | None = None, *, is_admin: bool = False, bucket: Bucket | None = None
+    ) -> None:
         self.name = name
+        self.place = place  # of the name among all names
         self.is_admin = is_admin
         self.bucket = bucket
 
@@ -56,11 +59,13 @@ class Access:
         self.needs_key = bool(keys)  # for predictions
         admins = {key.digest for key in admin_keys}
         names = sorted({key.name for key in keys})
+        self.names = (*names, *sorted({key.name for key in admin_keys} - {*names}))
+        places = {name: place for place, name in enumerate(self.names)}
         if cells is None:
             cells = array("d", bytes(8 * len(names)))
         buckets = {} if rate is None else {name: Bucket(rate, cells, place) for place, name in enumerate(names)}
-        callers = {key.name: Caller(key.name, bucket=buckets.get(key.name)) for key in keys}
-        administrators = {key.name: Caller(key.name, is_admin=True) for key in admin_keys}
+        callers = {key.name: Caller(key.name, places[key.name], bucket=buckets.get(key.name)) for key in keys}
+        administrators = {key.name: Caller(key.name, places[key.name], is_admin=True) for key in admin_keys}
         self._callers = {
             key.digest: administrators[key.name] if key.digest in admins else callers[key.name] for key in self._keys
         }

@@ -376,6 +376,8 @@ class DirectProtocol(DrainingProtocol):
             return False
         runner, target, draft = asked
         exchange = Exchange(self, plan, target, draft, len(body))
+        if plan.caller.place is not None:
+            observer.service.called(plan.caller.place)
         self._ready = False
         self._exchange = exchange
         self.cycle = exchange  # type: ignore[assignment]  # it has what uvicorn asks of one

@@ -122,7 +122,7 @@ class Line:
         access = access_of(settings, tally.spent)
         app = assemble(settings, self._manager, self._registry, self._view, access, self._service)
         asyncio.run(_rehearsed(app))
-        collector = collector_for(settings, self._registry, self._view, self._service)
+        collector = collector_for(settings, self._registry, self._view, self._service, access)
         asyncio.run(exposed(collector.samples(collector.figures()), ""))  # what it imports and makes, the workers share
         self._service.cells = tally.service_cells(tally.looking_seat)
         self._config = prepared(app, keep_alive_seconds=settings.keep_alive_seconds)

@@ -104,7 +104,7 @@ def assemble(
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] = no_lifespan,
 ) -> Front:
     """Return the ASGI application that answers from a registry, tells of what `watch` sees, and counts in `service`."""
-    collector = collector_for(settings, registry, watch, service)
+    collector = collector_for(settings, registry, watch, service, access)
 
     @asynccontextmanager
     async def watched(api: FastAPI) -> AsyncIterator[None]:
@@ -141,13 +141,14 @@ def assemble(
 
 
 def collector_for(
-    settings: Settings, registry: Registry, watch: Refresher | View, service: ServiceCounters
+    settings: Settings, registry: Registry, watch: Refresher | View, service: ServiceCounters, access: Access
 ) -> Collector:
     """Return what finds the values of the metrics."""
     return Collector(
         registry=registry,
         watch=watch,
         service=service,
+        keys=access.names,
         storages=_STORAGES[settings.mode],
         workers=settings.workers if isinstance(watch, View) else 1,
         max_queue=settings.max_queue,

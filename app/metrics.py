@@ -99,6 +99,12 @@ RESPONSES = Metric("diskless_http_responses_total", "counter", "Answers, by what
 REFUSALS = Metric(
     "diskless_refused_total", "counter", "Requests that never reached a model, by the code of their error.", ("code",)
 )
+CALLS = Metric(
+    "diskless_key_requests_total",
+    "counter",
+    "Requests for predictions, by the name of the key that they showed.",
+    ("key",),
+)
 READY = Metric("diskless_ready", "gauge", "1 when every required model can predict.")
 BUILD = Metric(
     "diskless_build_info",
@@ -180,6 +186,7 @@ class Collector:
     registry: Registry
     watch: Refresher | View
     service: ServiceCounters
+    keys: Sequence[str]  # their names
     storages: tuple[StorageKind, ...]
     workers: int
     max_queue: int
@@ -257,6 +264,7 @@ class Collector:
         counts = watch.service_total() if isinstance(watch, View) else self.service
         samples.add_all(RESPONSES, _expected(counts.responses, _is_usual))
         samples.add_all(REFUSALS, counts.refusals)
+        samples.add_all(CALLS, counts.calls(self.keys))
         samples.add(READY, int(self.registry.not_ready() is None))
         found = versions.present_versions()
         samples.add(BUILD, 1, __version__, *(found.get(one, "") for one in ("python", "scikit-learn", "numpy")))

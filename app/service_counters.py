@@ -24,6 +24,7 @@ from app.errors import (
     StorageError,
     StorageUnavailable,
 )
+from app.rates import MAX_CALLERS
 
 
 class Route(enum.StrEnum):
@@ -88,6 +89,8 @@ _LOOKS = _layout.section(LOOKS)
 _LOADS = _layout.section(LOADS)
 _OPERATIONS = _layout.section(STORAGES, OPERATIONS, OUTCOMES)
 _BYTES = _layout.section(STORAGES, DIRECTIONS)
+_CALLERS = _layout.section([str(place) for place in range(2 * MAX_CALLERS)])
+_FIRST_CALLER = _CALLERS["0",]
 
 # The same for those who count in a hurry, without tuples.
 _RESPONSE_AT: Mapping[str, Mapping[int, int]] = {
@@ -116,6 +119,10 @@ class ServiceCounters(Cells):
     def predicted(self) -> None:
         """Count a prediction that was answered, as `responded` does, for those who have no time."""
         self.cells[_PREDICTED] += 1
+
+    def called(self, place: int) -> None:
+        """Count a request for a prediction by the place of its key's name among all names."""
+        self.cells[_FIRST_CALLER + place] += 1
 
     def refused(self, code: str) -> None:
         """Count a request that never reached a model. Those of a model's own codes did: its counters have them."""
@@ -172,6 +179,11 @@ class ServiceCounters(Cells):
     def bytes_moved(self) -> dict[tuple[str, ...], int]:
         """Bytes of objects by storage and direction."""
         return self._section(_BYTES)
+
+    def calls(self, names: Sequence[str]) -> dict[tuple[str, ...], int]:
+        """Requests for predictions by the names of keys, in the order of their places."""
+        cells = self.cells
+        return {(name,): cells[_FIRST_CALLER + place] for place, name in enumerate(names)}
 
     def _section(self, places: Mapping[tuple[str, ...], int]) -> dict[tuple[str, ...], int]:
         cells = self.cells

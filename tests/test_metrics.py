@@ -36,7 +36,8 @@ from tests.asgi import application, client
 from tests.faults import FaultyProxy
 from tests.repository import ROWS, linear, put
 from tests.scraping import OPENMETRICS, TEXT, Scrape, changes, scrape, scrape_until
-from tests.service import AS_ADMIN, Service, r2_environment, running
+from tests.service import AS_ADMIN, COMMAND, Service, r2_environment, running
+from tests.test_direct import AS_ASGI
 from tests.test_prefork import Load, family, in_thread, refresh, workers
 from tests.trusted import TRUST
 
@@ -279,6 +280,30 @@ def test_answers_of_routes_are_counted_and_what_never_reached_a_model(service):
         **{"invalid_json": 2, "invalid_request": 1},
     }
     assert "secret" not in after.text
+
+
+@pytest.mark.parametrize("arguments", [(), ("--workers", "2")], ids=["one worker", "two workers"])
+@pytest.mark.parametrize("layer", [COMMAND, AS_ASGI], ids=["protocol", "asgi"])
+def test_who_asks_is_told_by_the_names_of_keys(tmp_path, arguments, layer):
+    if arguments and layer is AS_ASGI:
+        pytest.skip("the layers differ in nothing that workers are for")
+    manager = ModelStorageManager(LocalStorage(tmp_path), trust=TRUST)
+    manager.save("sum", toys.Sum(), examples=np.arange(24.0).reshape(8, 3))
+    ann, bob = "a-key-of-anns-own", "a-key-of-bobs-own"
+    environment = {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(tmp_path), "ML_API_KEYS": f"ann:{ann},bob:{bob}"}
+    with running(environment, command=(*layer, *arguments)) as service:
+        service.wait_ready()
+        for number in range(30):
+            key = ann if number % 3 else bob
+            with httpx.Client(base_url=service.url, headers={"x-api-key": key}, trust_env=False) as client:
+                assert client.post("/predict", json={"instances": [[1, 2, 3]]}).status_code == 200
+                assert client.post("/predict", json={"instances": [["x", 2, 3]]}).status_code == 422
+        service.client.post("/predict", json={"instances": [[1, 2, 3]]})
+        service.client.post("/predict", json={"instances": [[1, 2, 3]]}, headers={"x-api-key": "no-key-of-anybody"})
+        text = service.client.get("/metrics").text
+
+    told = dict(re.findall(r'diskless_key_requests_total{key="(\w+)"} ([0-9.]+)', text))
+    assert {name: float(count) for name, count in told.items()} == {"ann": 40, "bob": 20, "tests": 1}
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,8 @@ class Predictor:
         try:
             caller = self.access.to_predict(scope["headers"])
             record.caller = caller.name
+            if caller.place is not None:
+                self.observer.service.called(caller.place)
             caller.spend(record.began)
             timeout, compressed = self._read_headers(scope["headers"])
             message = await receive()
