@@ -148,7 +148,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
             sock,
             keep_alive_seconds=settings.keep_alive_seconds,
             drain_seconds=settings.drain_seconds,
-            http=protocol_for(app.predictor),
+            http=protocol_for(app),
         )
     except SystemExit as end:  # so uvicorn ends when the application cannot start; the log says why
         return FAILED if end.code else DONE
@@ -253,7 +253,7 @@ def _verify(options: argparse.Namespace, settings: Settings) -> int:
                     f"{verdict.golden_rows} golden rows come out" if verdict.golden_rows else "no golden rows to check"
                 )
                 forms = {"compiled": ", compiled only", "compiled+sklearn": ", compiled as well"}
-                print(f"ok     {verdict.ref}: loads, {rows}{forms.get(verdict.runtime or '', '')}")
+                print(_printable(f"ok     {verdict.ref}: loads, {rows}{forms.get(verdict.runtime or '', '')}"))
         return found, _where(manager)
 
     found, where = _in_bucket(options, settings, work)

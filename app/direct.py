@@ -21,7 +21,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from app import log
 from app.api import compression, errors
-from app.api.predict import GZIPPED, REQUEST_ID, SMALL_BODY_BYTES, Predictor, new_request_id, read_timeout
+from app.api.headers import SAFE_JSON, Header, Hosts, lines_of
+from app.api.predict import GZIPPED, REQUEST_ID, SMALL_BODY_BYTES, Front, Predictor, new_request_id, read_timeout
 from app.auth import ANYONE, Caller
 from app.errors import Overloaded, RateLimited, RequestError, Unauthorized
 from app.intake import Draft
@@ -51,9 +52,9 @@ _VARYING = frozenset(
 )
 _VISIBLE = bytes(range(32, 127)) + b"\t"
 _BOUNDARY = b"\r\n\r\n"
-_JSON = b"content-type: application/json\r\ncontent-length: "
+_JSON = lines_of(SAFE_JSON) + b"content-length: "
 _CLOSE = b"connection: close\r\n"
-_GZIPPED = b"".join(b"%b: %b\r\n" % header for header in GZIPPED)
+_GZIPPED = lines_of(GZIPPED)
 
 
 class Plan(NamedTuple):
@@ -71,11 +72,16 @@ class Plan(NamedTuple):
 
 
 class Shared:
-    """What the connections of a server have in common: who predicts, the heads that are known, how an answer begins."""
+    """What the connections of a server have in common: who predicts, the heads that are known, how an answer begins.
 
-    def __init__(self, predictor: Predictor) -> None:
+    With `hosts`, plain is only what names one of them; unless `of_any_origin`, nothing is that comes of a page of another origin.
+    """
+
+    def __init__(self, predictor: Predictor, *, hosts: Hosts | None = None, of_any_origin: bool = True) -> None:
         self.predictor = predictor
         self.observer = predictor.observer
+        self.hosts = hosts
+        self.never_plain = _NEVER_PLAIN if of_any_origin else _NEVER_PLAIN | {b"origin"}
         # By Python's keyed hash (SipHash, 64 bits) instead of the bytes: keys of callers are not kept, nor compared byte by byte.
         self.heads: dict[int, Plan] = {}
         self.cut_heads: dict[int, Plan] = {}  # by what is left of them when the request id is cut out
@@ -167,16 +173,12 @@ class Shared:
         request_id = head[at:stop].decode("latin-1")
         return (plan, request_id) if REQUEST_ID.match(request_id) else None
 
-    def start(self, headers: list[tuple[bytes, bytes]]) -> bytes:
+    def start(self, headers: list[Header]) -> bytes:
         """Return how an answer with status 200 begins. uvicorn makes its own headers anew every second."""
         if headers is not self._headers:
-            self._start = STATUS_LINE[200] + _lines(headers) + _JSON
+            self._start = STATUS_LINE[200] + lines_of(headers) + _JSON
             self._headers = headers
         return self._start
-
-
-def _lines(headers: list[tuple[bytes, bytes]]) -> bytes:
-    return b"".join(b"%b: %b\r\n" % header for header in headers)
 
 
 class _Unheard:
@@ -321,13 +323,13 @@ class DirectProtocol(DrainingProtocol):
 
     def _read_plan(self, head: bytes | None) -> Plan | None:
         """Return what the headers that were just read say, if they are those of a plain request; `head` is all of them as it came."""
-        parser = self.parser
+        parser, shared = self.parser, self._shared
         match = PATH.match(self.url)
         if match is None or parser.get_method() != b"POST" or parser.get_http_version() != "1.1":
             return None
         if self._stopping or not parser.should_keep_alive() or parser.should_upgrade():
             return None
-        predictor = self._shared.predictor
+        predictor = shared.predictor
         length: int | None = None
         request_id: str | None = None
         timeout: float | None = None
@@ -346,9 +348,11 @@ class DirectProtocol(DrainingProtocol):
                     return None
             elif name == b"accept-encoding":
                 takes_gzip = takes_gzip or compression.is_accepted(value)
-            elif name in _NEVER_PLAIN:
+            elif name in shared.never_plain:
                 return None
         if length is None or length > predictor.max_body_bytes:
+            return None
+        if shared.hosts is not None and not shared.hosts.named(self.headers):
             return None
         if takes_gzip and length > SMALL_BODY_BYTES:
             return None  # its answer may be large, too: that is compressed on a thread
@@ -359,7 +363,7 @@ class DirectProtocol(DrainingProtocol):
         name_in_path = match[1].decode() if match[1] is not None else None
         plan = Plan(name_in_path, length, request_id, caller, timeout, takes_gzip)
         if head is not None:
-            self._shared.remember(head, plan)
+            shared.remember(head, plan)
         return plan
 
     def _begin(self, plan: Plan, body: bytes, request_id: str | None) -> bool:
@@ -428,11 +432,11 @@ class DirectProtocol(DrainingProtocol):
         record.model, record.version, record.rows = exchange.target.name, exchange.target.version, exchange.count
 
     def _error(self, status: int, body: bytes, headers: dict[str, str], request_id: str, keep_alive: bool) -> bytes:
-        lines = [(b"x-request-id", request_id.encode())]
-        lines += [(name.encode(), value.encode()) for name, value in headers.items()]
-        start = STATUS_LINE[status] + _lines(self.server_state.default_headers) + _JSON
+        own = [(b"x-request-id", request_id.encode())]
+        own += [(name.encode(), value.encode()) for name, value in headers.items()]
+        start = STATUS_LINE[status] + lines_of(self.server_state.default_headers) + _JSON
         close = b"" if keep_alive else _CLOSE
-        return b"%b%d\r\n%b%b\r\n%b" % (start, len(body), _lines(lines), close, body)
+        return b"%b%d\r\n%b%b\r\n%b" % (start, len(body), lines_of(own), close, body)
 
     def _send(self, exchange: Exchange, answer: bytes) -> None:
         exchange.response_started = exchange.response_complete = True
@@ -525,6 +529,7 @@ class DirectProtocol(DrainingProtocol):
         return self._held is None and self._plan is None and super()._is_silent()
 
 
-def protocol_for(predictor: Predictor) -> Any:
-    """Return what uvicorn is to make its connections with."""
-    return partial(DirectProtocol, Shared(predictor))
+def protocol_for(front: Front) -> Any:
+    """Return what uvicorn is to make the connections of an application with."""
+    shared = Shared(front.predictor, hosts=front.hosts, of_any_origin=front.for_origins is None)
+    return partial(DirectProtocol, shared)

@@ -126,7 +126,7 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
 
 def prepared(app: Any, *, keep_alive_seconds: int) -> uvicorn.Config:
     """Return the server's configuration with all that serving imports: made before the fork, the workers share it."""
-    config = configuration(app, keep_alive_seconds=keep_alive_seconds, http=protocol_for(app.predictor))
+    config = configuration(app, keep_alive_seconds=keep_alive_seconds, http=protocol_for(app))
     config.load()
     config.get_loop_factory()
     return config

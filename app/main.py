@@ -6,12 +6,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, MutableSequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__
 from app.api import compression, errors, health, metrics, openapi, status
+from app.api.headers import Hosts
+from app.api.origins import Origins
 from app.api.predict import Front, Predictor
 from app.auth import Access
 from app.metrics import Collector
@@ -137,7 +140,13 @@ def assemble(
     api.include_router(status.router(settings, manager, registry, watch, access))
     api.include_router(health.router(registry))
     api.include_router(metrics.router(collector, access))
-    return Front(predictor, api, registry)
+    return Front(
+        predictor,
+        api,
+        registry,
+        hosts=Hosts(settings.allowed_hosts) if settings.allowed_hosts else None,
+        origins=partial(Origins, origins=settings.cors_origins) if settings.cors_origins else None,
+    )
 
 
 def collector_for(

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any, override
 import httptools
 import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from app.api.headers import SAFE_JSON, lines_of
 
 if TYPE_CHECKING:
     from app.registry import Registry
@@ -34,7 +36,7 @@ LINGER_SECONDS = 1.0  # how long a silent connection is kept open after the sign
 POLL_SECONDS = 0.02
 LAST_WORDS_SECONDS = 0.5  # for the answers to what was given up
 EXIT_SECONDS = 3.0  # beyond the drain; then the process ends whatever a model's thread is still computing
-GARBAGE = "Invalid HTTP request received."
+GARBAGE = "expected a request of HTTP/1.1, got bytes that are none"
 STOPPING = b'{"error":"model_not_ready","detail":"the service stopped before it could answer: try again"}'
 
 
@@ -132,6 +134,18 @@ class DrainingProtocol(HttpToolsProtocol):
         if self._offer is None:
             super().on_message_complete()
 
+    @override
+    def send_400_response(self, msg: str) -> None:
+        """Say what is wrong with what came, in the form that every error has, and close."""
+        from app.api.predict import new_request_id  # as below
+
+        body = b'{"error":"invalid_request","detail":"%b"}' % msg.encode("ascii")
+        identity = new_request_id().encode()
+        own = ((b"content-length", b"%d" % len(body)), (b"connection", b"close"), (b"x-request-id", identity))
+        head = lines_of((*self.server_state.default_headers, *SAFE_JSON, *own))
+        self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[400], head, body))
+        self.transport.close()
+
     def _head_without_offer(self) -> bytes:
         kept = [(name, value) for name, value in self.headers if name not in (b"connection", b"upgrade")]
         if any(name == b"connection" and b"close" in value.lower() for name, value in self.headers):
@@ -176,7 +190,7 @@ async def _answered(cycle: RequestResponseCycle, app: Any, scope: Any, receive: 
         from app.api.predict import request_id  # with everything that answers, which need not be here to listen
 
         headers = [
-            (b"content-type", b"application/json"),
+            *SAFE_JSON,
             (b"content-length", b"%d" % len(STOPPING)),
             (b"retry-after", b"5"),
             (b"connection", b"close"),

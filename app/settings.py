@@ -43,6 +43,9 @@ R2_HOST = ".r2.cloudflarestorage.com"
 BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 HOST_LABEL = re.compile(r"[A-Za-z0-9-]{1,63}")
 HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9a-f:.]+")  # a name or an IPv4 address; an IPv6 address without its brackets
+ORIGIN = re.compile(r"(https?)://(?:[a-z0-9.-]{1,253}|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?")
+USUAL_PORTS = {"http": ":80", "https": ":443"}  # which browsers leave out
+ALLOWED_HOST = re.compile(r"(\*\.)?[a-z0-9._-]{1,253}|\[[0-9a-f:.]+\]")
 VISIBLE_ASCII = re.compile(r"[!-~]+")
 MAX_WORKERS = 256
 MAX_SHOWN = 60  # characters of a value that an error line shows
@@ -104,6 +107,35 @@ def _types(value: Any) -> Any:
     return frozenset(names)
 
 
+def _origins(value: Any) -> Any:
+    """Split `https://app.example.org, https://example.org` into origins as browsers write them, or take `*` alone."""
+    if not isinstance(value, str):
+        return value
+    parts = tuple(dict.fromkeys(part.strip().lower() for part in value.split(",") if part.strip()))
+    for part in parts if parts != ("*",) else ():
+        origin = ORIGIN.fullmatch(part)
+        if origin is None or origin[2] == USUAL_PORTS[origin[1]]:
+            raise ValueError(
+                "expected origins as browsers write them, https://app.example.org or http://localhost:3000, without a path "
+                f"and without the usual port, or * alone, got {_shown(part)}"
+            )
+    return parts
+
+
+def _hosts(value: Any) -> Any:
+    """Split `api.example.org, *.example.org` into hosts."""
+    if not isinstance(value, str):
+        return value
+    parts = tuple(dict.fromkeys(part.strip().lower() for part in value.split(",") if part.strip()))
+    for part in parts:
+        if not ALLOWED_HOST.fullmatch(part):
+            raise ValueError(
+                "expected names as in api.example.org or *.example.org, or addresses, each without http:// and port "
+                f"(unset: any host), got {_shown(part)}"
+            )
+    return parts
+
+
 def _keys(value: Any) -> Any:
     return seal.parse_trusted_keys(value) if isinstance(value, str) else value
 
@@ -119,6 +151,8 @@ def _rate(value: Any) -> Any:
 CallerKeys = Annotated[tuple[keys.Key, ...], NoDecode, _caller_keys("key")]
 AdminKeys = Annotated[tuple[keys.Key, ...], NoDecode, _caller_keys("admin")]
 Types = Annotated[frozenset[str], NoDecode, BeforeValidator(_types)]
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)]
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_hosts)]
 Keys = Annotated[seal.TrustedKeys, NoDecode, BeforeValidator(_keys)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names)]
 Companions = Annotated[dict[str, tuple[str, ...]], NoDecode, BeforeValidator(_companions)]
@@ -313,6 +347,18 @@ class Settings(BaseSettings):
         gt=0,
         le=600,
         description="from a request's last byte to its answer; a shorter `X-Request-Timeout` holds",
+    )
+
+    # Browsers and hosts
+    cors_origins: Origins = _env(
+        "ML_CORS_ORIGINS",
+        default=(),
+        description="whose pages may read answers in a browser: `https://app.example.org,…`, or `*`; unset: nobody's",
+    )
+    allowed_hosts: Hosts = _env(
+        "ML_ALLOWED_HOSTS",
+        default=(),
+        description="hosts that requests may name: `api.example.org,*.example.org`; health checks may name any; unset: any",
     )
 
     # The process

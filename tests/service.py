@@ -23,6 +23,13 @@ ROOT = Path(__file__).parent.parent
 ADMIN_KEY = "the-administrator-of-the-tests"
 AS_ADMIN = {"x-api-key": ADMIN_KEY}
 COMMAND = (sys.executable, "-m", "app", "serve")
+# The same service, but that the ASGI application answers what the protocol would.
+AS_ASGI = (
+    sys.executable,
+    "-c",
+    "import sys; from app import direct; from app.protocol import DrainingProtocol;"
+    "direct.protocol_for = lambda front: DrainingProtocol; from app.cli import main; sys.exit(main(['serve']))",
+)
 
 
 def free_port() -> int:

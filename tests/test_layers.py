@@ -98,9 +98,11 @@ ORDER = [
     "view",
     "metrics",
     "auth",
+    "api.headers",
     "api.compression",
     "api.errors",
     "api.guards",
+    "api.origins",
     "api.predict",
     "api.openapi",
     "api.health",
@@ -117,7 +119,7 @@ ORDER = [
 BORDERS = {
     ("aioboto3", "aiobotocore", "boto3", "botocore", "aiohttp"): {"storage.r2"},
     ("fastapi", "starlette"): {
-        *("api.errors", "api.openapi", "api.health", "api.guards", "api.metrics", "api.status", "main"),
+        *("api.errors", "api.guards", "api.origins", "api.openapi", "api.health", "api.metrics", "api.status", "main"),
     },
     ("prometheus_client",): {"metrics"},
     ("uvicorn", "uvloop", "httptools"): {"protocol", "direct"},

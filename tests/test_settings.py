@@ -67,6 +67,14 @@ SAMPLES = {  # what each setting is read as, and from what
     "max_batch_rows": ("6", 6),
     "max_queue": ("7", 7),
     "predict_timeout_seconds": ("0.5", 0.5),
+    "cors_origins": (
+        "https://App.example.org, http://localhost:3000,http://[::1]:8080",
+        ("https://app.example.org", "http://localhost:3000", "http://[::1]:8080"),
+    ),
+    "allowed_hosts": (
+        "API.example.org,*.example.org, 10.0.0.1,[::1]",
+        ("api.example.org", "*.example.org", "10.0.0.1", "[::1]"),
+    ),
     "workers": ("3", 3),
     "host": ("127.0.0.1", "127.0.0.1"),
     "port": ("0", 0),
@@ -75,6 +83,37 @@ SAMPLES = {  # what each setting is read as, and from what
     "log_level": ("DEBUG", "debug"),
 }
 IMPOSSIBLE = [
+    *[
+        ("ML_CORS_ORIGINS", value, "expected origins as browsers write them, ")
+        for value in (
+            "app.example.org",
+            "https://app.example.org/",
+            "https://app.example.org/x",
+            "https://example.org:443",
+            "http://example.org:80",
+            "*,https://example.org",
+            "https://*.example.org",
+            "null",
+            "file://x",
+            "https://a b",
+            "https://user@example.org",
+            "https://example.org?x",
+            "https://",
+        )
+    ],
+    *[
+        ("ML_ALLOWED_HOSTS", value, "expected names as in api.example.org or *.example.org, ")
+        for value in (
+            "https://example.org",
+            "example.org:8000",
+            "*",
+            "a.*.org",
+            "*.*.org",
+            "exam ple.org",
+            "::1",
+            "a/b",
+        )
+    ],
     ("ML_CLOUD_ONLY", "maybe", "expected true or false, got 'maybe'"),
     ("FORCE_R2", "2", "expected true or false, got '2'"),
     ("ML_BARE_MODELS", "nope!", "expected true or false, got 'nope!'"),

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import orjson
 
 from app import log
 from app.api import compression, errors
+from app.api.headers import SAFE_JSON, Hosts, completed
 from app.auth import Access
 from app.errors import InvalidInput, InvalidJson, InvalidRequest, ModelNotFound, RequestError, RequestTooLarge
 from app.intake import Draft, open_envelope
@@ -32,6 +33,7 @@ logger = logging.getLogger("diskless.api")
 FIELDS = ("model", "instances", "method", "version", "alias")
 PATH = re.compile(r"/models/([^/]+)/predict\Z")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,200}\Z")
+HEALTH = frozenset(("/health", "/health/live", "/health/ready"))
 DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that its sender gets to see the refusal
 SMALL_BODY_BYTES = 64 * 1024  # of a request that is refused unread: so much more is taken for the connection to go on
 TIMEOUT = re.compile(rb"\d{1,6}(\.\d{1,6})?\Z")
@@ -175,11 +177,7 @@ class Predictor:
             return Answer(200, target.encode(result, start, stop))
         except RequestError as error:
             record.code = error.code
-            status, encoded, headers = errors.encode(error)
-            unread = unread and not _is_small(scope["headers"])
-            if unread and scope["http_version"].startswith("1"):
-                headers["connection"] = "close"
-            return Answer(status, encoded, headers, unread)
+            return _refusal(error, scope, unread=unread)
         except CallerGone:
             return None
         except Exception:
@@ -250,9 +248,7 @@ def predicted_model(scope: Scope) -> tuple[bool, str | None]:
     """Return whether a request is for a prediction, and the model its path names. The path is decoded already."""
     if scope["method"] != "POST":
         return False, None
-    path: str = scope["path"]
-    if root := scope.get("root_path"):  # where this application is mounted, or what a proxy in front has taken off
-        path = path.removeprefix(root) if path.startswith(f"{root}/") else path
+    path = _path(scope)
     if path == "/predict":
         return True, None
     match = PATH.match(path)
@@ -271,20 +267,51 @@ ROUTES = {
 }
 
 
-class Front:
-    """The ASGI application: predictions answered here, everything else by `rest`; a request id for all of it."""
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    if root := scope.get("root_path"):  # where this application is mounted, or what a proxy in front has taken off
+        path = path.removeprefix(root) if path.startswith(f"{root}/") else path
+    return path
 
-    def __init__(self, predictor: Predictor, rest: Any, registry: Registry) -> None:
+
+class Front:
+    """The ASGI application: predictions answered here, everything else by `rest`; a request id and safe headers for all of it.
+
+    `hosts` are those that requests may name, where that is looked at; health checks name an address, and may. `origins` makes
+    what stands before the application for the pages of other origins, where some may read its answers.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        rest: Any,
+        registry: Registry,
+        *,
+        hosts: Hosts | None = None,
+        origins: Callable[[Any], Any] | None = None,
+    ) -> None:
         self.predictor = predictor
         self.rest = rest
         self.registry = registry
+        self.hosts = hosts
+        self.for_origins = None if origins is None else origins(self._answer)
         self._observer = predictor.observer
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Serve one ASGI scope."""
         if scope["type"] != "http":
             await self.rest(scope, receive, send)
-            return
+        elif self.hosts is not None and not self.hosts.named(scope["headers"]) and _path(scope) not in HEALTH:
+            error = InvalidRequest("the request's Host header names no host that this service answers to")
+            await self._refuse(error.code, _refusal(error, scope, unread=True), scope, receive, send)
+        elif scope["path"].endswith("\n"):  # what Starlette's routes would take for the path without it
+            await self._refuse("not_found", _NO_PATH, scope, receive, send)
+        elif self.for_origins is not None and any(name == b"origin" for name, _ in scope["headers"]):
+            await self._answer_origin(scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Any, send: Any) -> None:
         identity = request_id(scope)
         ours, name = predicted_model(scope)
         if ours:
@@ -303,8 +330,37 @@ class Front:
         finally:
             log.request_id.reset(token)
 
+    async def _answer_origin(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Answer what a page of another origin asks: its preflights by what stands before the application, all else as ever."""
+        assert self.for_origins is not None
+        preflight: Record | None = None
+        status = 200
+
+        async def completing(message: MutableMapping[str, Any]) -> None:
+            nonlocal preflight, status
+            if message["type"] == "http.response.start" and all(
+                name != b"x-request-id" for name, _ in message["headers"]
+            ):
+                preflight, status = Record("other", request_id(scope)), message["status"]
+                headers = completed(message["headers"], (b"x-request-id", preflight.request_id.encode()))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self.for_origins(scope, receive, completing)
+        if preflight is not None:
+            preflight.code = None if status < 400 else InvalidRequest.code
+            self._observer.choose(preflight)
+            self._observer.tell(preflight, status)
+
+    async def _refuse(self, code: str, answer: Answer, scope: Scope, receive: Any, send: Any) -> None:
+        """Refuse a request before anybody looks at what it asks for."""
+        record = Record("other", request_id(scope))
+        record.code = code
+        await _send(answer, scope, record.request_id, receive, send)
+        self._observer.tell(record, answer.status)
+
     async def _pass_on(self, scope: Scope, receive: Any, send: Any, record: Record) -> None:
-        """Let `rest` answer, with the request id on it; HEAD is GET without a body; whatever it raises is answered."""
+        """Let `rest` answer, with request id and safe headers on it; HEAD is GET without a body; whatever it raises is answered."""
         started = complete = False
         identity = record.request_id
         status = 500
@@ -314,7 +370,8 @@ class Front:
             nonlocal started, complete, status
             if message["type"] == "http.response.start":
                 started, status = True, message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", identity.encode())]}
+                headers = completed(message.get("headers", ()), (b"x-request-id", identity.encode()))
+                message = {**message, "headers": headers}
             elif message["type"] == "http.response.body":
                 complete = not message.get("more_body", False)
                 if bare:
@@ -336,6 +393,18 @@ class Front:
             self._observer.tell(record, status)
 
 
+_NO_PATH = Answer(404, b'{"error":"not_found","detail":"no path ends with a line break"}')
+
+
+def _refusal(error: RequestError, scope: Scope, *, unread: bool) -> Answer:
+    """Return the answer to a request that is refused, `unread` if its body was not read to its end."""
+    status, body, headers = errors.encode(error)
+    unread = unread and not _is_small(scope["headers"])
+    if unread and scope["http_version"].startswith("1"):
+        headers["connection"] = "close"
+    return Answer(status, body, headers, unread)
+
+
 async def _send(answer: Answer, scope: Scope, identity: str, receive: Any, send: Any) -> None:
     body, compressed = answer.body, False
     if len(body) >= compression.MIN_BYTES and _accepts_gzip(scope["headers"]):
@@ -345,7 +414,7 @@ async def _send(answer: Answer, scope: Scope, identity: str, receive: Any, send:
         else:
             body = compression.compress(body)
     headers = [
-        (b"content-type", b"application/json"),
+        *SAFE_JSON,
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", identity.encode()),
     ]
