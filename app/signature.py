@@ -31,6 +31,7 @@ Layout = Literal["matrix", "frame", "text", "records"]
 Array = npt.NDArray[Any]
 MAX_VIOLATIONS = 20
 MAX_SHOWN = 60  # characters of a value that a violation shows
+MAX_COMPARED = 1000  # columns that an unknown one is compared with
 
 
 class TensorSpec(BaseModel):
@@ -375,12 +376,19 @@ class Signature(BaseModel):
                 if report.full:
                     break
                 if name not in self._known:
-                    close = difflib.get_close_matches(name, [spec.name for spec in missing] or self._names, n=1)
-                    hint = f"; did you mean {close[0]!r}?" if close else ""
+                    close = _closest(name, [spec.name for spec in missing] or self._names)
+                    hint = f"; did you mean {close!r}?" if close else ""
                     report.add(
                         f"instances[{index}]{step_of(name)}", "a known column", f"an unknown column{hint}", shown=True
                     )
         return [row.get(spec.name, _ABSENT) for spec in specs]
+
+
+def _closest(name: str, known: Sequence[str]) -> str | None:
+    """Return the known name that is most like `name`, if one is and looking for it takes no time worth speaking of."""
+    if len(name) > MAX_SHOWN or len(known) > MAX_COMPARED:
+        return None
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 class _Absent:
@@ -534,8 +542,8 @@ def _int64(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> 
     for index, value in enumerate(values):
         if type(value) is int and low <= value <= high:
             result.append(value)
-        elif type(value) is float and value.is_integer() and low <= value <= high:  # JavaScript and pandas write 3.0
-            result.append(int(value))
+        elif type(value) is float and value.is_integer() and low <= value <= high and value != _ROUNDED:
+            result.append(int(value))  # JavaScript and pandas write 3.0
         elif value is None and spec.nullable:
             some_missing = True
             result.append(None)
@@ -548,6 +556,9 @@ def _int64(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> 
     if some_missing:
         return np.array(result, dtype=np.float64 if _is_numpy(spec.dtype) else object)
     return np.array(result, dtype=storage_of("INT64", spec.dtype))
+
+
+_ROUNDED = -(2.0**63)  # what the parser also makes of integers below the least that 64 bits hold
 
 
 @functools.cache

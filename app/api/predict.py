@@ -37,6 +37,7 @@ HEALTH = frozenset(("/health", "/health/live", "/health/ready"))
 DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that its sender gets to see the refusal
 SMALL_BODY_BYTES = 64 * 1024  # of a request that is refused unread: so much more is taken for the connection to go on
 TIMEOUT = re.compile(rb"\d{1,6}(\.\d{1,6})?\Z")
+MAX_DEPTH = 1024  # of lists and objects in each other: orjson's own limit, where every deeper one is refused
 MAX_LABEL = 100  # characters of a model name, a version, an alias; no method's name is longer
 
 Scope = MutableMapping[str, Any]
@@ -98,8 +99,7 @@ class Predictor:
         try:
             request = orjson.loads(body)
         except orjson.JSONDecodeError as error:
-            detail = f"the body is not JSON: {error}" if body.strip() else "the body is empty: expected a JSON object"
-            raise InvalidJson(detail) from error
+            raise InvalidJson(_not_json(body, error)) from error
         if type(request) is not dict:
             raise InvalidRequest(f"expected a JSON object with instances, got {_kind(request)}")
         for key in request:
@@ -477,6 +477,30 @@ def _text(request: dict[str, Any], key: str) -> str | None:
     if value is None or (type(value) is str and 0 < len(value) <= MAX_LABEL):
         return value
     raise InvalidRequest(f"{key} must be a string of 1 to {MAX_LABEL} characters, got {_kind(value)}")
+
+
+def _not_json(body: bytes, error: orjson.JSONDecodeError) -> str:
+    """Say what keeps a body from being read as JSON, to somebody who has not written a parser."""
+    if not body.strip():
+        return "the body is empty: expected a JSON object"
+    if error.msg.startswith("depth limit"):
+        return f"the body is nested more than {MAX_DEPTH:,} levels deep, which is the limit"
+    reason = str(error)
+    if b"\0" in body[:4]:
+        reason = "expected UTF-8, got what looks like UTF-16 or UTF-32"
+    elif error.msg.startswith("str is not valid UTF-8"):
+        try:
+            body.decode()
+        except UnicodeDecodeError as undecodable:
+            reason = (
+                f"expected UTF-8, but byte {undecodable.start} is {body[undecodable.start]:#04x}: {undecodable.reason}"
+            )
+    elif _NO_NUMBER.match(error.doc, max(0, error.pos - 1)):
+        reason = f"{error}: JSON has no NaN and no Infinity, null is a missing value"
+    return f"the body is not JSON: {reason}"
+
+
+_NO_NUMBER = re.compile(r".?-?(NaN|Infinity|nan|inf)\b", re.DOTALL)
 
 
 def _kind(value: Any) -> str:
