@@ -7,18 +7,19 @@ Fields that this release does not know are kept: an older release that adds a ve
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from app.errors import InvalidIndex, NothingToRollBackTo, UnknownVersion, VersionExists, VersionInUse
-from app.names import NAME
+from app.names import NAME, listed, printable
 
 FORMAT = 1
 HISTORY_LENGTH = 50  # moves kept per alias
 MAX_INDEX_BYTES = 8 << 20  # some 50,000 versions
-MAX_LISTED = 50  # names or labels in a sentence
 MAX_COUNTED_DIGITS = 18  # a longer number is a label like any other: nothing is counted on from it
+
+_Said = Annotated[str, AfterValidator(printable)]  # by whoever wrote the index, and shown to others
 
 
 class VersionEntry(BaseModel):
@@ -26,7 +27,7 @@ class VersionEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    created: str
+    created: _Said
     manifest_sha256: str
 
 
@@ -40,8 +41,8 @@ class Move(BaseModel):
 
     version: str
     previous: str | None = None
-    at: str
-    by: str = ""
+    at: _Said
+    by: _Said = ""
     rollback: bool = Field(default=False, exclude_if=lambda value: not value)
 
 
@@ -50,8 +51,8 @@ class Removal(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    at: str
-    by: str = ""
+    at: _Said
+    by: _Said = ""
 
 
 class ModelEntry(BaseModel):
@@ -280,9 +281,7 @@ def _words(entry: ModelEntry) -> Iterator[str]:
 
 
 def _there(labels: Iterable[str]) -> str:
-    listed = list(labels)
-    more = f" and {len(listed) - MAX_LISTED:,} more" if len(listed) > MAX_LISTED else ""
-    return f"there is {', '.join(listed[:MAX_LISTED]) or 'nothing'}{more}"
+    return f"there is {listed(labels) or 'nothing'}"
 
 
 def signed(at: str, by: str) -> str:

@@ -71,9 +71,14 @@ def load(
 
 def reason(error: BaseException | Warning | str) -> str:
     """Write a foreign error in one line: its class, and the beginning of what it says, without this machine's paths."""
-    text = _PATH.sub(r"\1", " ".join(str(error).split()))[:MAX_REASON]
+    text = without_paths(" ".join(str(error).split()))[:MAX_REASON]
     kind = "" if isinstance(error, (str, Warning)) else type(error).__name__
     return ": ".join(filter(None, (kind, text)))
+
+
+def without_paths(text: str) -> str:
+    """Return a text in which of each path only the last part is left: callers need not know what lies where on this machine."""
+    return _PATH.sub(r"\1", text)
 
 
 _PATH = re.compile(r"(?<![\w:/.])/(?:[^/\s'\"<>()]+/)+([^/\s'\"<>()]*)")

@@ -40,9 +40,10 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = _line(record)
         try:
-            return orjson.dumps(line, default=str).decode()
+            text = orjson.dumps(line, default=str).decode()
         except TypeError:  # a lone surrogate, a huge integer, a key that is no string: rare, and still one line
-            return json.dumps(line, default=str, skipkeys=True)
+            text = json.dumps(line, default=str, skipkeys=True)
+        return _printable(text)
 
 
 class LogfmtFormatter(logging.Formatter):
@@ -50,7 +51,7 @@ class LogfmtFormatter(logging.Formatter):
 
     @override
     def format(self, record: logging.LogRecord) -> str:
-        return " ".join(f"{_word(name)}={_value(value)}" for name, value in _line(record).items())
+        return _printable(" ".join(f"{_word(name)}={_value(value)}" for name, value in _line(record).items()))
 
 
 def _word(name: object) -> str:
@@ -64,6 +65,19 @@ def _value(value: object) -> str:
         value = json.dumps(value, default=str, skipkeys=True)
     text = str(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def _printable(line: str) -> str:
+    """Return a line with escapes for what ends one for some reader, moves a terminal's cursor, or turns the direction of writing."""
+    return line if line.isprintable() else _NOT_PLAIN.sub(_escaped, line)
+
+
+_NOT_PLAIN = re.compile(r"[^ -~]")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match[0]
+    return character if character.isprintable() else json.dumps(character)[1:-1].replace("\x7f", "\\u007f")
 
 
 def configure(level: str, form: str = "json") -> None:

@@ -10,16 +10,17 @@ import itertools
 import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from app.errors import InvalidManifest
 from app.memory import Taken
-from app.names import NAME, ModelRef
+from app.names import NAME, ModelRef, shortened
 from app.signature import Signature
 
 FORMAT = 1
 CHUNK_BYTES = 4 * 1024 * 1024
 MIN_CHUNK_BYTES = 4096
+MAX_REASON = 500  # characters of one that the status shows; of a longer one, so many are kept
 MAX_MANIFEST_BYTES = 8 << 20  # golden rows of 512 KiB, a hundred thousand columns, the digests of 400 GB
 
 
@@ -27,6 +28,7 @@ COMPILED = "compiled"  # the role of the compiled form
 PROGRAM_FORMAT = "safetensors"  # of its artifact
 
 _Word = Annotated[str, Field(max_length=100)]  # what comes back in messages
+_Reason = Annotated[str, AfterValidator(lambda text: shortened(text, MAX_REASON))]
 _Rows = Annotated[int, Field(ge=0, le=1 << 40)]
 _Microseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Digest = Annotated[str, Field(max_length=64)]
@@ -85,7 +87,7 @@ class Compiled(BaseModel):
     operations: tuple[_Word, ...] = Field(default=(), description="kinds of operations that it is made of")
     parity: float = Field(ge=0, description="largest relative difference from scikit-learn that was found")
     rows: int = Field(ge=0, description="rows that were compared")
-    reason: str | None = Field(default=None, description="why methods are missing")
+    reason: _Reason | None = Field(default=None, description="why methods are missing")
     microseconds_per_row: Speeds = Field(default_factory=Speeds)
     resident_bytes: int | None = Field(default=None, ge=0, description="what loading it takes, afterwards")
     peak_bytes: int | None = Field(default=None, ge=0, description="what loading it takes, at its worst moment")
@@ -135,7 +137,7 @@ class Manifest(BaseModel):
     resident_bytes: int | None = Field(default=None, ge=0, description="what loading takes, afterwards")
     peak_bytes: int | None = Field(default=None, ge=0, description="what loading takes, at its worst moment")
     compiled: Compiled | None = None
-    not_compiled: str | None = Field(default=None, description="why there is no compiled form")
+    not_compiled: _Reason | None = Field(default=None, description="why there is no compiled form")
 
     @property
     def program(self) -> Artifact | None:

@@ -29,8 +29,8 @@ from app.errors import (
     TooLarge,
     Violation,
 )
-from app.manifest import CHUNK_BYTES, COMPILED, Compiled, Golden
-from app.names import ModelRef
+from app.manifest import CHUNK_BYTES, COMPILED, MAX_REASON, Compiled, Golden
+from app.names import ModelRef, shortened
 from app.prediction import Prediction, compare, normalised, part_of, wire
 from app.reference import Reference, holds_own_code, use_one_thread
 from app.signature import MAX_VIOLATIONS, Rows, Signature, show, step_of
@@ -160,7 +160,7 @@ class Model:
         self.reference = reference
         self.program = program
         self.compiled = compiled
-        self.not_compiled = not_compiled
+        self.not_compiled = None if not_compiled is None else shortened(not_compiled, MAX_REASON)
         self.runtimes: Mapping[RuntimeName, Runtime] = {
             **({"compiled": _Compiled(program)} if program is not None else {}),
             **({"sklearn": reference} if reference is not None else {}),

@@ -32,11 +32,11 @@ from app.errors import (
     NoRoom,
     StorageError,
 )
-from app.loaders import reason
+from app.loaders import reason, without_paths
 from app.memory import trim_heap
 from app.model import Model
 from app.model_storage import Catalogue, Checked, ModelStorageManager, Wanted, load_checked
-from app.names import ModelRef
+from app.names import ModelRef, shortened
 from app.registry import Entry, Registry, Slot, Snapshot, State
 from app.runner import Runner
 from app.service_counters import ServiceCounters
@@ -45,6 +45,7 @@ from app.worker import Worker, limit_native_threads
 logger = logging.getLogger("diskless.refresher")
 FIRST_PAUSE_SECONDS = 1.0
 MAX_FAILURE_PAUSE_SECONDS = 900.0
+MAX_REASON = 1000  # characters of what is said of a version or of the bucket: what stands there may name anything
 RETIRE_SECONDS = 30.0  # for a retired runner to end what it computes
 UNCONFIRMED = (
     "its parts changed; waiting for one more look that finds them unchanged, in case more of them are being uploaded"
@@ -241,7 +242,7 @@ class Refresher:
             self.last_sync, self.last_error = datetime.now(UTC), None
             outcome = await self._follow(catalogue, insist=insist)
         except DisklessError as error:
-            return self._blind(str(error), hint(error))
+            return self._blind(_told(error), hint(error))
         except Exception as error:
             logger.exception("looking at the bucket failed")
             text = f"looking at the bucket failed: {type(error).__name__}; the service's log says more"
@@ -279,7 +280,7 @@ class Refresher:
                 loaded.append(str(wanted.ref))
                 retired += self._put(result, catalogue)
             else:
-                failed[str(wanted.ref)] = str(result)
+                failed[str(wanted.ref)] = _told(result)
                 passing = passing or _is_passing(wanted, result)
                 retired += self._fail(wanted, result, catalogue)
                 passing = not await self._bring_back(wanted.ref.name, catalogue) or passing
@@ -350,7 +351,7 @@ class Refresher:
         except CompiledUnreadable as error:
             failure: DisklessError = error
             if unreadable is None:
-                told = str(error)
+                told = _told(error)
                 logger.warning(
                     "its compiled form cannot be read", extra={"fields": {"model": str(ref), "reason": told}}
                 )
@@ -510,7 +511,7 @@ class Refresher:
                 )
             else:
                 logger.warning(
-                    "cannot be brought back", extra={"fields": {"model": str(wanted.ref), "reason": str(result)}}
+                    "cannot be brought back", extra={"fields": {"model": str(wanted.ref), "reason": _told(result)}}
                 )
                 left.append(wanted)
         if left:
@@ -535,7 +536,7 @@ class Refresher:
 
     def _fail(self, wanted: Wanted, error: DisklessError, catalogue: Catalogue) -> list[str]:
         """Record a failure. What served before goes on, but for a bare model that has lost a companion."""
-        ref, text = wanted.ref, str(error)
+        ref, text = wanted.ref, _told(error)
         before = self._failures.get(ref)
         passing = _is_passing(wanted, error)
         count = (before.count if before and before.content == wanted.content else 0) + (not passing)
@@ -624,8 +625,12 @@ def hint(error: DisklessError) -> str:
     return (
         "the storage cannot be read now; GET /models/status says more"
         if isinstance(error, StorageError)
-        else str(error)
+        else without_paths(_told(error))
     )
+
+
+def _told(error: DisklessError) -> str:
+    return shortened(str(error), MAX_REASON)
 
 
 def _collect() -> None:

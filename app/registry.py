@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from app.errors import ModelNotFound, ModelNotReady, RequestError
-from app.names import ModelRef
+from app.names import ModelRef, listed
 from app.runner import Runner
 
 
@@ -122,13 +122,13 @@ class Registry:
             if len(entries) != 1:
                 if not entries:
                     raise ModelNotReady("no model is loaded yet")
-                raise ModelNotFound(f"several models are served, so the request must name one: {', '.join(entries)}")
+                raise ModelNotFound(f"several models are served, so the request must name one: {listed(entries)}")
             (name,) = entries
         entry = entries.get(name)
         if entry is None:
             if not entries and self._found_at_start is None:
                 raise ModelNotReady("no model is loaded yet: the service is starting")
-            raise ModelNotFound(f"model {name!r} is not served; served are: {', '.join(entries) or 'none'}")
+            raise ModelNotFound(f"model {name!r} is not served; served are: {listed(entries) or 'none'}")
         alias = alias or (None if version else self._aliases[0])
         label = version or entry.serving.get(alias or "") or entry.wanted.get(alias or "")
         slot = entry.slots.get(label or "")
@@ -136,8 +136,8 @@ class Registry:
             if version is None and alias == self._aliases[0] and entry.slots:
                 raise ModelNotReady(f"{name} has no version under alias {alias!r} yet")
             asked = f"version {version!r}" if version else f"alias {alias!r}"
-            names = ", ".join([*entry.slots, *entry.serving])
-            raise ModelNotFound(f"{name} has no {asked} loaded; loaded are: {names or 'none'}")
+            names = listed([*entry.slots, *entry.serving]) or "none"
+            raise ModelNotFound(f"{name} has no {asked} loaded; loaded are: {names}")
         if slot.runner is None:
             raise ModelNotReady(f"{slot.ref} is {slot.state}: {slot.hint or 'try again shortly'}")
         return slot.runner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -81,3 +82,41 @@ def small(table: Any) -> Any:
 
 def years(table: Any) -> Any:
     return table.apply(lambda column: column.dt.year)
+
+
+class Talks(Sum):
+    """Raises what would be lines of a log, or a caller's fault, if anybody took its word."""
+
+    message = 'no\n{"level":"info","event":"forged"}\r\n\x1b[2J\x9b31m\u2028{"event":"forged"}\x85\u202e'
+
+    def predict(self, rows: Any) -> Any:
+        raise RuntimeError(f"{self.message} /srv/private/model.bin")
+
+
+class Blames(Sum):
+    """Says that its caller sent a word, as scikit-learn would, and where its own files are."""
+
+    def predict(self, rows: Any) -> Any:
+        raise ValueError("could not convert string to float: see /srv/private/model.bin line 7")
+
+
+class Quits(Sum):
+    """Ends the process, if it is let."""
+
+    def predict(self, rows: Any) -> Any:
+        raise SystemExit("/srv/private/model.bin is gone")
+
+
+class Unloadable(Sum):
+    """Cannot be loaded, and says which file it wants."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/srv/private/weights.bin")
+
+
+class Warns(Sum):
+    """Warns of something when it predicts, on more than one line."""
+
+    def predict(self, rows: Any) -> Any:
+        warnings.warn(f"careful{Talks.message}", UserWarning, stacklevel=1)
+        return super().predict(rows)

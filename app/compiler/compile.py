@@ -18,6 +18,7 @@ from app.compiler.heads import common
 from app.compiler.linear import labels
 from app.compiler.pipeline import by_columns, chain, pipeline_steps, then
 from app.compiler.translation import TRANSFORMERS, Flow, NotCompilable, predictor, transformer
+from app.loaders import reason
 from app.reference import order_between
 from app.signature import Signature
 
@@ -33,9 +34,7 @@ def translate(companions: Sequence[Any], estimator: Any, signature: Signature) -
     except NotCompilable:
         raise
     except Exception as error:  # a fitted object of another release, or somebody's own, may lack what is read here
-        raise NotCompilable(
-            f"its {type(estimator).__name__} cannot be read: {type(error).__name__}: {error}"
-        ) from error
+        raise NotCompilable(f"its {type(estimator).__name__} cannot be read: {reason(error)}") from error
 
 
 def _program(companions: Sequence[Any], estimator: Any, signature: Signature) -> Program:
