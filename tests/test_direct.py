@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
 import os
 import random
 import re
 import socket
-import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ from app.protocol import configuration
 from app.registry import Registry
 from app.storage.local import LocalStorage
 from tests import toys
-from tests.service import COMMAND, Service, connected, running
+from tests.service import AS_ASGI, COMMAND, Service, connected, running
 from tests.trusted import TRUST
 
 MUTATIONS = int(os.environ.get("DISKLESS_MUTATIONS", "2000"))
@@ -42,13 +43,8 @@ SILENCE_SECONDS = 0.25  # after which an answer is not expected any more; where 
 PATIENCE_SECONDS = 5.0
 POINTS = np.arange(24.0).reshape(8, 3)
 ID = re.compile(rb"[0-9a-f]{32}\Z")
-AS_ASGI = (
-    sys.executable,
-    "-c",
-    "import sys; from app import direct; from app.protocol import DrainingProtocol;"
-    "direct.protocol_for = lambda predictor: DrainingProtocol; from app.cli import main; sys.exit(main(['serve']))",
-)
 RESET = b"reset"
+KEY = b"a-key-of-the-tests-0123"
 END = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
@@ -73,6 +69,17 @@ def pair(tmp_path_factory) -> Iterator[tuple[Service, Service]]:
         yield one.wait_ready(), other.wait_ready()
 
 
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory) -> Iterator[tuple[Service, Service]]:
+    """Two services that look at the host that a request names, and at the origin of the page that it comes from."""
+    folder = tmp_path_factory.mktemp("bucket")
+    ModelStorageManager(LocalStorage(folder), trust=TRUST).save("sum", toys.Sum(), examples=POINTS)
+    environment = {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(folder)}
+    environment |= {"ML_ALLOWED_HOSTS": "x", "ML_CORS_ORIGINS": "https://a.b", "ML_API_KEYS": f"tests:{KEY.decode()}"}
+    with running(environment) as one, running(environment, command=AS_ASGI) as other:
+        yield one.wait_ready(), other.wait_ready()
+
+
 def body(**request: Any) -> bytes:
     return json.dumps(request).encode()
 
@@ -89,6 +96,10 @@ def chunked(content: bytes, *headers: bytes, size: int = 7) -> bytes:
     pieces = [content[start : start + size] for start in range(0, len(content), size)]
     encoded = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
     return post(encoded, b"Transfer-Encoding: chunked", *headers, length=b"")
+
+
+def zipped(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)
 
 
 SUM = body(model="sum", instances=[[1, 2, 3.5]])
@@ -117,6 +128,28 @@ GOOD = {
     "huge headers": post(SUM, b"X-Huge: " + b"h" * 30_000),
     "many headers": post(SUM, *(b"X-%d: y" % number for number in range(90))),
     "a large body": post(b" " * 150_000 + SUM),
+    "a key": post(SUM, b"X-API-Key: abc"),
+    "a bearer": post(SUM, b"Authorization: Bearer abc"),
+    "two keys": post(SUM, b"X-API-Key: abc", b"Authorization: Bearer abc"),
+    "the same key twice": post(SUM, b"X-API-Key: abc", b"X-API-Key: abc"),
+    "an empty key": post(SUM, b"X-API-Key:", b"Authorization:"),
+    "a bearer of nothing": post(SUM, b"Authorization: Bearer"),
+    "another scheme": post(SUM, b"Authorization: Basic YWJjOmRlZg=="),
+    "a key that is no ascii": post(SUM, b"X-API-Key: \xff\xfe", b"Authorization: Bearer \xc3\xa9"),
+    "a long key": post(SUM, b"Authorization: Bearer " + b"k" * 5000),
+    "a time limit": post(SUM, b"X-Request-Timeout: 5"),
+    "a time limit of a fraction": post(SUM, b"X-Request-Timeout: 0.5"),
+    "an identity encoding": post(SUM, b"Content-Encoding: identity"),
+    "an empty encoding": post(SUM, b"Content-Encoding:"),
+    "gzip asked for": post(SUM, b"Accept-Encoding: gzip, deflate;q=0.5"),
+    "gzip refused": post(SUM, b"Accept-Encoding: gzip;q=0, identity"),
+    "another type": post(SUM, b"Content-Type: text/plain"),
+    "an origin": post(SUM, b"Origin: https://app.example.org"),
+    "a trace": post(SUM, b"Traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", b"Tracestate: a=b"),
+    "forwarded": post(SUM, b"X-Forwarded-For: 1.2.3.4", b"X-Forwarded-Proto: https", b"X-Forwarded-Host: evil"),
+    "another host": post(SUM).replace(b"Host: x", b"Host: evil:99"),
+    "two hosts": post(SUM, b"Host: y"),
+    "no host": post(SUM).replace(b"Host: x\r\n", b""),
     "an offer of http2": post(
         SUM, b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABk"
     ),
@@ -145,6 +178,23 @@ BAD = {
     "a surrogate": post(b'{"model":"\\ud800","instances":[[1,2,3]]}'),
     "not utf-8": post(b'{"model":"\xff","instances":[[1,2,3]]}'),
     "deep": post(b'{"model":"sum","instances":' + b"[" * 2000 + b"]" * 2000 + b"}"),
+    "gzip": post(zipped(SUM), b"Content-Encoding: gzip"),
+    "gzip in pieces": chunked(zipped(SUM), b"Content-Encoding: gzip"),
+    "gzip that is none": post(SUM, b"Content-Encoding: gzip"),
+    "gzip that is cut": post(zipped(SUM)[:-5], b"Content-Encoding: gzip"),
+    "gzip with more behind it": post(zipped(SUM) + b"x", b"Content-Encoding: gzip"),
+    "gzip of gzip": post(zipped(zipped(SUM)), b"Content-Encoding: gzip, gzip"),
+    "gzip that becomes large": post(zipped(b" " * 5_000_000 + SUM), b"Content-Encoding: gzip"),
+    "gzip unasked": post(zipped(SUM)),
+    "deflate": post(zlib.compress(SUM), b"Content-Encoding: deflate"),
+    "an unknown encoding": post(SUM, b"Content-Encoding: br"),
+    "two encodings": post(zipped(SUM), b"Content-Encoding: gzip", b"Content-Encoding: identity"),
+    "a time limit of nothing": post(SUM, b"X-Request-Timeout: 0"),
+    "a time limit that is none": post(SUM, b"X-Request-Timeout: soon"),
+    "a negative time limit": post(SUM, b"X-Request-Timeout: -1"),
+    "an endless time limit": post(SUM, b"X-Request-Timeout: inf"),
+    "an empty time limit": post(SUM, b"X-Request-Timeout:"),
+    "two time limits": post(SUM, b"X-Request-Timeout: 5", b"X-Request-Timeout: 0"),
     "get": b"GET /predict HTTP/1.1\r\nHost: x\r\n\r\n",
     "options": b"OPTIONS /predict HTTP/1.1\r\nHost: x\r\n\r\n",
     "put": post(SUM).replace(b"POST", b"PUT", 1),
@@ -231,6 +281,36 @@ async def differs(pair: tuple[Service, Service], pieces: Sequence[bytes]) -> str
         if one == other or (RESET in (one[0], other[0]) and one[1] and other[1]):
             return None
     return f"sent {b''.join(pieces)[:600]!r}\nthe protocol:    {one!r:.1500}\nthe application: {other!r:.1500}"
+
+
+async def dialogue(service: Service, requests: Sequence[bytes], silence: float) -> list[bytes]:
+    """Send requests, each when the one before is answered; return the answers, up to where there is none or the end of the connection.
+
+    Nothing is sent to a connection that is about to be closed, so that no answer is lost.
+    """
+    found = []
+    async with connected("127.0.0.1", service.port) as (reader, writer):
+        for request in requests:
+            writer.write(request)
+            try:
+                async with asyncio.timeout(silence):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    length = re.search(rb"content-length: (\d+)", head)
+                    found.append(normal(head + await reader.readexactly(int(length[1]) if length else 0)))
+            except TimeoutError:
+                return [*found, b"nothing"]
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return [*found, b"the end"]
+    return found
+
+
+async def answers_differ(pair: tuple[Service, Service], requests: Sequence[bytes]) -> str | None:
+    """Return how the answers of the two services differ, None if they do not. A late one is no difference."""
+    for silence in (SILENCE_SECONDS, 1.0, PATIENCE_SECONDS):
+        one, other = await asyncio.gather(*(dialogue(service, requests, silence) for service in pair))
+        if one == other:
+            return None
+    return f"sent {requests!r:.600}\nthe protocol:    {one[1:]!r:.1500}\nthe application: {other[1:]!r:.1500}"
 
 
 def pieces_of(sent: bytes, seed: int) -> list[bytes]:
@@ -336,6 +416,141 @@ def mutated(chosen: random.Random, seeds: Sequence[bytes]) -> bytes:
             del sent[place:]
             sent += chosen.choice(seeds)
     return bytes(sent)
+
+
+# Heads that are almost the same as one that is known
+
+HEADS = {
+    "the usual": (),
+    "a key": (b"X-API-Key: abc",),
+    "a bearer": (b"Authorization: Bearer abc",),
+    "an id": (b"X-Request-ID: abc-1",),
+    "a time limit": (b"X-Request-Timeout: 9",),
+    "encodings": (b"Content-Encoding: identity", b"Accept-Encoding: gzip"),
+    "an origin": (b"Origin: https://a.b", b"Connection: keep-alive"),
+    "a proxy": (
+        b"X-Forwarded-For: 1.2.3.4",
+        b"X-Forwarded-Proto: https",
+        b"Traceparent: 00-0af7-b7ad-01",
+        b"Via: 1.1 x",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+async def test_of_two_heads_that_differ_in_one_byte_each_is_read_as_it_is(pair, name):
+    await same_whatever_byte_differs(pair, name)
+
+
+@pytest.mark.parametrize("name", ["the usual", "an origin", "a time limit"])
+async def test_where_keys_and_hosts_and_origins_are_looked_at_too(guarded, name):
+    for header in (b"X-API-Key: " + KEY, b"Authorization: Bearer " + KEY):
+        await same_whatever_byte_differs(guarded, name, header)
+
+
+async def same_whatever_byte_differs(pair: tuple[Service, Service], name: str, *more: bytes) -> None:
+    """Send a head, so that it is known, then one that differs from it in one byte, then the known one again.
+
+    Each comes alone: what comes together is left to the parser.
+    """
+    chosen = random.Random(name)
+    plain = post(SUM, *HEADS[name], *more)
+    head, _, content = plain.partition(b"\r\n\r\n")
+    limit = asyncio.Semaphore(25)
+
+    async def one(place: int, byte: int) -> str | None:
+        other = head[:place] + bytes([byte]) + head[place + 1 :] + b"\r\n\r\n" + content
+        async with limit:
+            return await answers_differ(pair, [plain, other, plain])
+
+    found = await asyncio.gather(
+        *(
+            one(place, byte)
+            for place in range(len(head))
+            for byte in {
+                head[place] ^ 0x20,  # the other case of a letter
+                head[place] ^ (1 << chosen.randrange(8)),
+                chosen.choice(b"\r\n\0 :0129,;azAZ/%\x80\xff"),
+            }
+            - {head[place]}
+        )
+    )
+    differences = [difference for difference in found if difference]
+    assert not differences, f"{len(differences)} differ: " + "\n\n".join(differences[:3])
+
+
+MORE = [
+    b"Content-Length: %d", b"content-length:%d", b"Content-Length: 5", b"Content-Length: +%d", b"X-Request-ID: abc-2", b"X-Request-ID: a b",
+    b"X-Forwarded-For: \xff", b"X-Forwarded-For: a\tb", b"Traceparent: x", b" folded: x", b"X-Real-IP : x", b": x", b"", b"x", b"Host: x",
+    b"Transfer-Encoding: chunked", b"Expect: 100-continue", b"Connection: close", b"X-Request-Timeout: 8", b"Content-Encoding: gzip",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["the usual", "an id", "a proxy"])
+async def test_a_line_more_anywhere_in_a_head_that_is_known_is_read(pair, name):
+    plain = post(SUM, *HEADS[name])
+    head, _, content = plain.partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    limit = asyncio.Semaphore(25)
+
+    async def one(place: int, more: bytes) -> str | None:
+        more = more.replace(b"%d", b"%d" % len(content))
+        other = b"\r\n".join((*lines[:place], more, *lines[place:])) + b"\r\n\r\n" + content
+        async with limit:
+            return await answers_differ(pair, [plain, other, plain])
+
+    found = await asyncio.gather(*(one(place, more) for place in range(1, len(lines) + 1) for more in MORE))
+    differences = [difference for difference in found if difference]
+    assert not differences, f"{len(differences)} differ: " + "\n\n".join(differences[:3])
+
+
+async def test_of_heads_in_any_order_each_is_read_as_it_is(pair):
+    """Heads of several kinds, of which some are known, one behind the other on a connection, cut anywhere."""
+    chosen = random.Random(23)
+    extra = [header for headers in HEADS.values() for header in headers]
+    extra += [
+        b"X-Request-Timeout: 0",
+        b"X-Request-Timeout: 1",
+        b"Accept: */*",
+        b"User-Agent: y",
+        b"Content-Encoding: gzip",
+        b"Host: y",
+    ]
+    extra += [
+        b"Content-Length: 5",
+        b"Transfer-Encoding: chunked",
+        b"X-Forwarded-For: \xff",
+        b"X-Request-ID: a b",
+        b" folded: x",
+    ]
+    limit = asyncio.Semaphore(25)
+
+    def request() -> bytes:
+        headers = [chosen.choice(extra if chosen.random() < 0.2 else extra[:-5]) for _ in range(chosen.randrange(4))]
+        if chosen.random() < 0.3 and headers:  # in another case: another head, and the same request
+            headers[0] = headers[0].swapcase() if chosen.random() < 0.5 else headers[0].replace(b": ", b":", 1)
+        content = (
+            SUM if chosen.random() < 0.8 else chosen.choice([b"{", b"", body(model="letters", instances=[[1, 2, 3]])])
+        )
+        sent = post(content, *headers, path=chosen.choice([b"/predict", b"/predict", b"/models/sum/predict"]))
+        if chosen.random() < 0.5:  # the same lines in another order
+            head, _, rest = sent.partition(b"\r\n\r\n")
+            first, *others = head.split(b"\r\n")
+            chosen.shuffle(others)
+            sent = b"\r\n".join((first, *others)) + b"\r\n\r\n" + rest
+        return sent if chosen.random() < 0.9 else chunked(content, *headers)
+
+    async def one(requests: list[bytes], seed: int) -> str | None:
+        sent = b"".join(requests) + END
+        pieces = pieces_of(sent, seed) if seed % 2 else [*requests, END]
+        async with limit:
+            return await differs(pair, pieces)
+
+    found = await asyncio.gather(
+        *(one([request() for _ in range(chosen.randint(2, 5))], number) for number in range(MUTATIONS // 4))
+    )
+    differences = [difference for difference in found if difference]
+    assert not differences, f"{len(differences)} differ: " + "\n\n".join(differences[:3])
 
 
 # A client that does not read; many clients that share a head; what is dropped and what times out
