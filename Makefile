@@ -9,11 +9,11 @@ PYTHON := $(VENV)/bin/python
 help:
 	@echo "make run    serve on http://127.0.0.1:8000 (PORT=...): your bucket if R2_* is set, else four demo models"
 	@echo "make test   install what the tests need, then run them (ARGS='-k storage -x' goes to pytest)"
-	@echo "make lint   formatting, rules, types"
+	@echo "make lint   formatting, rules, types; unsafe code and known vulnerabilities, where they can be looked for"
 	@echo "make conformance  the tests of the storage against Ceph's radosgw and Cloudflare's R2 emulator, where they can be had"
 	@echo "make bench  measure loads and predictions, beside other servers (half an hour), into bench/RESULTS.md"
 	@echo "make soak   ten minutes of load, swaps, faults and killed workers; then whether anything failed or grew"
-	@echo "make clean  remove .venv, .bench, .demo, .conformance and caches"
+	@echo "make clean  remove .venv, .bench, .demo, .conformance, .lint and caches"
 
 run: $(VENV)/installed
 	@$(PYTHON) -m demo
@@ -25,6 +25,7 @@ lint: $(VENV)/installed-dev
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m mypy
+	@$(PYTHON) -m lint $(ARGS)
 
 # radosgw comes from apt (as root), everything else goes into .conformance
 conformance: $(VENV)/installed-dev
@@ -37,7 +38,7 @@ soak: $(VENV)/installed-dev
 	@$(PYTHON) -m tests.soak $(ARGS)
 
 clean:
-	rm -rf $(VENV) .bench .demo .conformance .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage .coverage.*
+	rm -rf $(VENV) .bench .demo .conformance .lint .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 TO_RUN := ml-requirements.txt requirements.txt demo/requirements.txt

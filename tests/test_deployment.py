@@ -274,7 +274,9 @@ def slug_ignores(path: str) -> bool:
     return any(fnmatch.fnmatch(f"/{path}" if rule.startswith("/") else path, rule) for rule in lines(".slugignore"))
 
 
-@pytest.mark.parametrize("path", [".env", ".git", ".demo", "tests", "demo", "docs", "bench", "requirements-dev.txt"])
+@pytest.mark.parametrize(
+    "path", [".env", ".git", ".demo", ".lint", "tests", "demo", "docs", "bench", "lint", "requirements-dev.txt"]
+)
 def test_the_slug_leaves_out(path):
     assert slug_ignores(path)
 
