@@ -83,7 +83,7 @@ class Intake:
         return listed if record is None else listed | record
 
     def _record(self, types: Sequence[Any]) -> Any:
-        """Return the type of a row that is an object; None where there is none: no names, too many, one of them twice."""
+        """Return the type of a row that is an object; None where there is none: no names, too many, one twice or not plain text."""
         signature = self._signature
         names = [spec.name for spec in signature.inputs]
         extra = [name for name in dict.fromkeys(signature.ignored) if name not in set(names)]
@@ -92,9 +92,11 @@ class Intake:
         fields: list[Any] = [(f"c{position}", kind) for position, kind in enumerate(types)]
         fields += [(f"x{position}", Any, None) for position in range(len(extra))]
         called = {field[0]: name for field, name in zip(fields, [*names, *extra], strict=True)}
-        return msgspec.defstruct(
-            "Row", fields, rename=called, forbid_unknown_fields=signature.extra_columns == "forbid", gc=False
-        )
+        forbids = signature.extra_columns == "forbid"
+        try:
+            return msgspec.defstruct("Row", fields, rename=called, forbid_unknown_fields=forbids, gc=False)
+        except ValueError:  # a name that JSON writes with an escape: a quotation mark, a backslash, a control character
+            return None
 
     def _draft_items(self, instances: msgspec.Raw) -> Draft | None:
         try:

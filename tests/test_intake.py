@@ -159,6 +159,16 @@ def test_a_frame_that_has_the_same_name_twice_or_thousands_of_names_takes_lists(
         assert intake.draft(raw([dict.fromkeys(names, 1.0)])) is None
 
 
+@pytest.mark.parametrize("name", ['a "quote"', "back\\slash", "line\nfeed", "\x00"])
+def test_a_name_that_json_writes_with_an_escape_leaves_objects_to_the_careful_way(name):
+    signature = Signature(layout="frame", inputs=(TensorSpec(name=name, datatype="FP64"),), methods=("predict",))
+    intake = Intake(signature)
+
+    assert intake.draft(raw([[1.0]])) is not None
+    assert intake.draft(raw([{name: 1.0}])) is None
+    assert signature.validate([{name: 1.0}]).count == 1
+
+
 @pytest.mark.parametrize(
     "body",
     [
