@@ -54,6 +54,7 @@ _SIZE_FAULT = re.compile(r"contains infinity|value too large")
 _OTHER_FAULT = re.compile(
     r"[Ff]ound unknown categor|could not convert string to float|is an invalid document"
     r"|Negative values in data|must be non-negative|strictly positive data"
+    r"|out of bounds for axis \d"  # the number of a category that training never had
 )
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)  # trees compute in float32
 
@@ -250,7 +251,7 @@ class Model:
             return self.runtimes[runtime].run(rows, method)
         except RequestError:
             raise
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             message = " ".join(str(error).splitlines()[:1])
             if _MISSING_FAULT.search(message):
                 violations = _cells(rows, _is_missing, "a value: this model takes no null")
@@ -378,7 +379,7 @@ _GENERIC = "the model could not compute this input; the service's log says why"
 
 def _failure(rows: Rows, error: Exception) -> RequestError:
     """Return whose fault it is: the caller's, where values of a kind that nothing tells to be right were not taken."""
-    if rows.guessed and isinstance(error, (TypeError, ValueError, AttributeError)):
+    if rows.guessed and isinstance(error, (TypeError, ValueError, AttributeError, ArithmeticError, LookupError)):
         return InvalidInput(
             "the model cannot take these values, and nothing tells what its columns hold: publish it with --examples"
         )

@@ -224,6 +224,16 @@ def test_a_negative_number_that_no_transformation_is_defined_for_is_the_callers_
         answer(serve(PowerTransformer("box-cox").fit(np.abs(X) + 1)), [[1, 2, -3, 4]], "transform")
 
 
+def test_the_number_of_a_category_that_training_never_had_is_the_callers_error():
+    with pytest.raises(InvalidInput, match="index 9 is out of bounds for axis 1 with size 9"):
+        answer(serve(fitted("categorical bayes").estimator), [[0, 9, 0, 0]])
+
+
+def test_what_a_function_cannot_compute_of_values_that_nothing_tells_to_be_right_is_the_callers_error():
+    with pytest.raises(InvalidInput, match="nothing tells what its columns hold"):
+        answer(serve(fitted("own function").estimator), [[1e200, "a", 0, 0]])
+
+
 class Own(Ridge):
     """Of somebody's own making: whether it takes missing values cannot be known before."""
 
