@@ -321,7 +321,7 @@ class Signature(BaseModel):
         by_name = isinstance(instances[0], dict)
         table: list[list[Any]] = []
         for index, row in enumerate(instances):
-            if isinstance(row, dict):
+            if isinstance(row, dict) and self.inputs:
                 table.append(self._ordered(row, index, specs, report))
             elif isinstance(row, list):
                 if len(row) != len(specs):

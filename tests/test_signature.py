@@ -56,6 +56,13 @@ def violations(sign: Signature, instances: Any) -> list[tuple[str, str, str]]:
     return [(it.path, it.expected, it.got) for it in caught.value.violations]
 
 
+def test_objects_are_refused_where_nothing_tells_the_columns_whatever_they_are_behind():
+    assert violations(ANY_WIDTH, [{"x0": 1.0}]) == [("instances[0]", f"a list of values ({UNTOLD})", '{"x0": 1.0}')]
+    assert violations(ANY_WIDTH, [[1.0, "a"], {"x0": 1.0, "x1": 2.0}]) == [
+        ("instances[1]", "a list of 2 values", '{"x0": 1.0, "x1": 2.0}')
+    ]
+
+
 def test_rows_come_as_objects_in_any_order_or_as_arrays():
     backwards = dict(reversed(GOOD.items()))
     frames = [MIXED.validate([row]).frame() for row in (GOOD, backwards, [*GOOD.values()])]
