@@ -115,7 +115,7 @@ class Intake:
                 rows[position] = _as_tuple(row)[:width]
             elif len(row) != width:
                 return None
-        return rows if width else None
+        return rows if width and rows else None
 
     def _draft_columns(self, instances: msgspec.Raw) -> Draft | None:
         try:

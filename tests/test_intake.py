@@ -169,6 +169,13 @@ def test_a_name_that_json_writes_with_an_escape_leaves_objects_to_the_careful_wa
     assert signature.validate([{name: 1.0}]).count == 1
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_no_rows_are_left_to_the_careful_way(name):
+    signature, _ = signature_of(name)
+
+    assert Intake(signature).draft(raw([])) is None
+
+
 @pytest.mark.parametrize(
     "body",
     [
