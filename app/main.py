@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__
-from app.api import compression, errors, health, metrics, openapi, status
+from app.api import compression, docs, errors, health, metrics, openapi, status
 from app.api.headers import Hosts
 from app.api.origins import Origins
 from app.api.predict import Front, Predictor
@@ -124,7 +124,7 @@ def assemble(
         version=__version__,
         description="Serves scikit-learn models straight from Cloudflare R2.",
         lifespan=watched,
-        redoc_url=None,
+        openapi_url=None,  # ours knows the models, and its page runs nothing that was not looked at
         redirect_slashes=False,  # a redirect would name the host that the caller named, and http behind a TLS proxy
         exception_handlers=errors.HANDLERS,
     )
@@ -140,6 +140,9 @@ def assemble(
     api.include_router(status.router(settings, manager, registry, watch, access))
     api.include_router(health.router(registry))
     api.include_router(metrics.router(collector, access))
+    if settings.docs == "on":
+        document = openapi.Document(registry, api.openapi, max_rows=settings.max_rows, keys_required=access.needs_key)
+        api.include_router(docs.router(document))
     return Front(
         predictor,
         api,

@@ -340,6 +340,16 @@ class Runner:
             promise.leave()
         return part_of(result.prediction, start, stop)
 
+    async def predict_aside(self, rows: Rows, method: str) -> Prediction:
+        """Compute what no caller asked for, behind what the thread computes for them; it is not counted.
+
+        Raises what `Model.predict` raises. Has no deadline: whoever waits may stop waiting.
+        """
+        prediction = await self._worker.run(self.model.predict, rows, method)
+        if self._computing is None:  # most models compute in the event loop, and need no thread for long
+            self._worker.close()
+        return prediction
+
     async def retire(self) -> None:
         """Answer what is queued, then let the thread go. The model itself goes when its last reference does."""
         self._retired = True

@@ -390,6 +390,11 @@ class Settings(BaseSettings):
         le=1,
         description="share of the answered requests that are logged; those that are refused or fail always are",
     )
+    docs: Literal["on", "off"] = _env(
+        "ML_DOCS",
+        default="on",
+        description="`off`: neither `/docs` nor `/openapi.json`, which tell what models take and give",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _env(
         "ML_LOG_LEVEL", default="info", description="least level logged"
     )
@@ -410,7 +415,7 @@ class Settings(BaseSettings):
         return init_settings, _Variables(settings_cls, {**dotenv_settings.env_vars, **env_settings.env_vars})
 
     @field_validator(
-        "jurisdiction", "log_level", "log_format", "version_policy", "runtime", "swap_policy", mode="before"
+        "jurisdiction", "log_level", "log_format", "version_policy", "runtime", "swap_policy", "docs", mode="before"
     )
     @classmethod
     def _in_any_case(cls, value: Any) -> Any:

@@ -104,7 +104,9 @@ ORDER = [
     "api.guards",
     "api.origins",
     "api.predict",
+    "api.schemas",
     "api.openapi",
+    "api.docs",
     "api.health",
     "api.status",
     "api.metrics",
@@ -119,7 +121,8 @@ ORDER = [
 BORDERS = {
     ("aioboto3", "aiobotocore", "boto3", "botocore", "aiohttp"): {"storage.r2"},
     ("fastapi", "starlette"): {
-        *("api.errors", "api.guards", "api.origins", "api.openapi", "api.health", "api.metrics", "api.status", "main"),
+        *("api.errors", "api.guards", "api.origins", "api.openapi", "api.docs", "api.health", "api.metrics", "api.status"),
+        "main",
     },
     ("prometheus_client",): {"metrics"},
     ("uvicorn", "uvloop", "httptools"): {"protocol", "direct"},

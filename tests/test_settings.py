@@ -28,6 +28,7 @@ SAMPLES = {  # what each setting is read as, and from what
     "admin_keys": ("the-administrators-own", (Key.of("admin-1", "the-administrators-own"),)),
     "require_keys": ("true", True),
     "rate_limit": ("100/m", Rate(100, 60)),
+    "docs": ("OFF", "off"),
     "log_format": ("LOGFMT", "logfmt"),
     "access_log_sample": ("0.5", 0.5),
     "dyno": ("web.1", "web.1"),
