@@ -121,7 +121,16 @@ ORDER = [
 BORDERS = {
     ("aioboto3", "aiobotocore", "boto3", "botocore", "aiohttp"): {"storage.r2"},
     ("fastapi", "starlette"): {
-        *("api.errors", "api.guards", "api.origins", "api.openapi", "api.docs", "api.health", "api.metrics", "api.status"),
+        *(
+            "api.errors",
+            "api.guards",
+            "api.origins",
+            "api.openapi",
+            "api.docs",
+            "api.health",
+            "api.metrics",
+            "api.status",
+        ),
         "main",
     },
     ("prometheus_client",): {"metrics"},
