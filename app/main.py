@@ -142,7 +142,7 @@ def assemble(
     api.include_router(metrics.router(collector, access))
     if settings.docs == "on":
         document = openapi.Document(registry, api.openapi, max_rows=settings.max_rows, keys_required=access.needs_key)
-        api.include_router(docs.router(document))
+        api.include_router(docs.router(document, access))
     return Front(
         predictor,
         api,

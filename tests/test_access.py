@@ -142,6 +142,17 @@ def test_on_a_connection_each_request_needs_its_own_key(locked):
     assert statuses == [200, 401, 200, 401, 200, 401]
 
 
+def test_what_the_documentation_says_of_models_needs_a_key_as_well(locked, unlocked):
+    def paths(service: Service, **headers: str) -> set[str]:
+        return set(service.client.get("/openapi.json", headers=headers).json()["paths"])
+
+    assert "/models/sum/predict" in paths(locked, **{"x-api-key": ANN})
+    assert "/models/sum/predict" in paths(unlocked)
+    assert paths(locked) == paths(locked, **{"x-api-key": ANN}) - {"/models/sum/predict"}
+    assert "SumRequest" in unlocked.client.get("/openapi.json").text
+    assert "SumRequest" not in locked.client.get("/openapi.json").text
+
+
 def test_a_large_body_without_a_key_is_not_read(locked):
     response = locked.client.post("/predict", content=b" " * 200_000)
     assert (response.status_code, response.headers["connection"]) == (401, "close")

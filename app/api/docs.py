@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from app.api.errors import json_response
 from app.api.openapi import Document
+from app.auth import Access
 
 SWAGGER_UI = "5.35.0"
 DIGESTS = {
@@ -72,12 +73,13 @@ _HEADERS = {
 }
 
 
-def router(document: Document) -> APIRouter:
-    """Return the two routes."""
+def router(document: Document, access: Access) -> APIRouter:
+    """Return the two routes. Where predictions need a key, what the document says of the models does as well."""
     routes = APIRouter(include_in_schema=False)
 
     async def openapi(request: Request) -> Response:
-        body = await document.read()
+        may_ask = not access.needs_key or access.caller(request.scope["headers"]) is not None
+        body = await document.read() if may_ask else document.of_no_model()
         if root := request.scope.get("root_path", "").rstrip("/"):
             body = b'{"servers":' + orjson.dumps([{"url": root}]) + b"," + body[1:]
         return json_response(200, body)

@@ -169,6 +169,10 @@ class Document:
                     self._of, self._body = serving, self._put_together(serving)
         return self._body
 
+    def of_no_model(self) -> bytes:
+        """Return the document without the models: their columns and examples are for those who may ask them."""
+        return self._put_together({})
+
     def _serving(self) -> dict[str, weakref.ref[Runner]]:
         """Return what answers for each name when a request says no more. References to the same runner are equal."""
         found = ((name, self._registry.plain(name)) for name in sorted(self._registry.snapshot.entries))
