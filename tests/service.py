@@ -82,6 +82,16 @@ class Service:
         self._log.flush()
         return os.pread(self._log.fileno(), 10_000_000, 0).decode()
 
+    def told(self, count: int, *containing: str) -> list[str]:
+        """The lines of the log that have all of this in them, once there are so many: an answer is told of after it was sent."""
+        end = time.monotonic() + 20
+        while True:
+            lines = [line for line in self.log().splitlines() if all(text in line for text in containing)]
+            if len(lines) >= count or time.monotonic() > end:
+                assert len(lines) == count, lines
+                return lines
+            time.sleep(0.01)
+
     def wait_live(self, seconds: float = 60) -> Service:
         self._wait(lambda: self.client.get("/health/live").status_code == 200, "live", seconds)
         return self

@@ -159,24 +159,13 @@ def test_a_large_body_without_a_key_is_not_read(locked):
     assert ask(locked, key=ANN).status_code == 200
 
 
-def told(service: Service, count: int, *containing: str) -> list[str]:
-    """The lines of the log that have all of this in them, once there are so many: an answer is told of after it was sent."""
-    end = time.monotonic() + 20
-    while True:
-        lines = [line for line in service.log().splitlines() if all(text in line for text in containing)]
-        if len(lines) >= count or time.monotonic() > end:
-            assert len(lines) == count
-            return lines
-        time.sleep(0.01)
-
-
 def test_no_key_is_in_the_log_but_the_names_are(locked):
     identity = uuid.uuid4().hex
     ask(locked, key=ANN, **{"x-request-id": identity})
     ask(locked, key="a-key-that-is-unknown", **{"x-request-id": identity})
     ask(locked, "/models/status", BOB, **{"x-request-id": identity})
     ask(locked, "/models/refresh", BOB, **{"x-request-id": identity})
-    requests = [json.loads(line) for line in told(locked, 4, '"event":"request"', identity)]
+    requests = [json.loads(line) for line in locked.told(4, '"event":"request"', identity)]
 
     assert not any(key in locked.log() for key in (ANN, ANNS_OLD, BOB, ROOT, "a-key-that-is-unknown"))
     assert [(line["route"], line["status"], line.get("key")) for line in requests] == [
@@ -427,7 +416,7 @@ def test_a_sampled_request_is_told_of_with_all_its_phases_and_none_of_its_values
         json={"instances": [[secret_value, 2, 3], [1, 2, 3]]},
         headers={"x-api-key": ANN, "x-request-id": identity},
     )
-    line = json.loads(told(locked, 1, identity)[0])
+    line = json.loads(locked.told(1, identity)[0])
 
     assert response.status_code == 200
     assert {name: line[name] for name in ("event", "route", "status", "model", "version", "rows", "key", "level")} == {
@@ -455,7 +444,7 @@ def test_a_request_that_fails_is_always_told_of(folder):
             service.client.get("/nowhere%1b[31m%0aevent=request", headers={"x-request-id": "a-lost-one"}).status_code
             == 404
         )
-        lines = told(service, 2, "event=request")
+        lines = service.told(2, "event=request")
 
     assert re.search(
         r"level=warning logger=diskless\.access .*route=predict status=422 error=invalid_input model=sum", lines[0]

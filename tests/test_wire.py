@@ -464,8 +464,7 @@ def test_a_model_that_raises_says_so_in_the_log_only(service, send):
     detail = refused(response, 500, "prediction_failed").detail
 
     assert detail == "the model could not compute this input; the service's log says why"
-    lines = [json.loads(line) for line in service.log().splitlines() if response.headers["x-request-id"] in line]
-    cause, told = lines
+    cause, told = (json.loads(line) for line in service.told(2, response.headers["x-request-id"]))
     assert "ZeroDivisionError: a secret of the model" in cause["error"]
     assert (told["event"], told["status"], told["error"]) == ("request", 500, "prediction_failed")
 
