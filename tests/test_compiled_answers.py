@@ -39,7 +39,7 @@ from app.auth import Access
 from app.compiler import planner
 from app.model import Model
 from app.model_storage import ModelStorageManager, load_checked
-from app.observer import Observer
+from app.observer import Observer, Record
 from app.registry import Entry, Registry, Slot, Snapshot, State
 from app.runner import Runner
 from app.storage.local import LocalStorage
@@ -103,7 +103,7 @@ async def answer(predictor: Predictor, request: dict[str, Any]) -> tuple[int, An
         await asyncio.Event().wait()
         raise AssertionError
 
-    got = await predictor.handle({"headers": [], "http_version": "1.1"}, receive, "a", "it")
+    got = await predictor.handle({"headers": [], "http_version": "1.1"}, receive, "a", Record("predict", "it"))
     assert got is not None
     return got.status, orjson.loads(got.body)
 
