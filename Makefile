@@ -42,7 +42,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 TO_RUN := ml-requirements.txt requirements.txt demo/requirements.txt
-TO_TEST := $(TO_RUN) requirements-dev.txt
+TO_TEST := $(TO_RUN) otel-requirements.txt requirements-dev.txt
 
 $(VENV)/installed: $(VENV)/made $(TO_RUN)
 	$(call install,$(TO_RUN))

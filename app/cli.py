@@ -128,8 +128,10 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     if settings.workers > 1:
         from app import prefork
         from app.auth import Access
+        from app.tracing import Exporter
 
         prefork.check(settings)
+        Exporter.from_settings(settings)  # refused here, not in the processes to come
         access = Access(settings.api_keys, settings.admin_keys)
         logging.getLogger("diskless.server").info("access", extra={"fields": {"rules": access.described()}})
         # Where pyarrow is installed, pandas imports it, and its allocator starts a thread: what has two does not fork.

@@ -22,13 +22,23 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from app import log
 from app.api import compression, errors
 from app.api.headers import SAFE_JSON, Header, Hosts, lines_of
-from app.api.predict import GZIPPED, REQUEST_ID, SMALL_BODY_BYTES, Front, Predictor, new_request_id, read_timeout
+from app.api.predict import (
+    GZIPPED,
+    REQUEST_ID,
+    SMALL_BODY_BYTES,
+    TEMPLATES,
+    Front,
+    Predictor,
+    new_request_id,
+    read_timeout,
+)
 from app.auth import ANYONE, Caller
 from app.errors import Overloaded, RateLimited, RequestError, Unauthorized
 from app.intake import Draft
 from app.observer import Record
 from app.protocol import STOPPING, DrainingProtocol
 from app.runner import Job, Result, Target
+from app.spans import Headers, Parent, parse_parent, read_parent
 
 PATH = re.compile(rb"/(?:predict|models/([A-Za-z0-9._-]{1,100})/predict)\Z")
 MAX_HEADS = 512
@@ -50,6 +60,7 @@ _VARYING = frozenset(
         *(b"total-route-time", b"x-b3-traceid", b"x-b3-spanid"),
     )
 )
+_TRACEPARENT = b"\r\ntraceparent: "
 _VISIBLE = bytes(range(32, 127)) + b"\t"
 _BOUNDARY = b"\r\n\r\n"
 _JSON = lines_of(SAFE_JSON) + b"content-length: "
@@ -60,7 +71,8 @@ _GZIPPED = lines_of(GZIPPED)
 class Plan(NamedTuple):
     """What the head of a plain request says: the model that its path names, the body's length in bytes, its request id.
 
-    Who calls, and for how many seconds it waits at most, where it says so; whether it takes gzip.
+    Who calls, and for how many seconds it waits at most, where it says so; whether it takes gzip; where traces are wanted, the
+    span of the caller's that it belongs to.
     """
 
     name: str | None
@@ -69,6 +81,7 @@ class Plan(NamedTuple):
     caller: Caller = ANYONE
     timeout: float | None = None
     takes_gzip: bool = False
+    parent: Parent | None = None
 
 
 class Shared:
@@ -173,12 +186,43 @@ class Shared:
         request_id = head[at:stop].decode("latin-1")
         return (plan, request_id) if REQUEST_ID.match(request_id) else None
 
+    def parent_in(self, headers: Headers) -> Parent | None:
+        """Return whose span a request belongs to, where that matters."""
+        del headers
+        return None
+
     def start(self, headers: list[Header]) -> bytes:
         """Return how an answer with status 200 begins. uvicorn makes its own headers anew every second."""
         if headers is not self._headers:
             self._start = STATUS_LINE[200] + lines_of(headers) + _JSON
             self._headers = headers
         return self._start
+
+
+class TracingShared(Shared):
+    """The same where traces are wanted: whose span a request belongs to is a part of what its head means."""
+
+    @override
+    def parent_in(self, headers: Headers) -> Parent | None:
+        return read_parent(headers)
+
+    @override
+    def recognise(self, head: bytes) -> Plan | None:
+        plan = super().recognise(head)
+        if plan is None:
+            return None
+        lower = head.lower()
+        at = lower.find(_TRACEPARENT)
+        if at < 0:
+            return plan
+        at += len(_TRACEPARENT)
+        if lower.find(_TRACEPARENT, at) >= 0:  # several are none
+            return plan
+        parent = parse_parent(head[at : head.find(b"\r\n", at)])
+        if parent is not None and parent.is_sampled and b"\r\ntracestate: " in lower:
+            lines = (line.partition(b": ") for line in head.split(b"\r\n"))
+            parent = read_parent([(name.lower(), value) for name, _, value in lines])
+        return Plan(plan.name, plan.length, plan.request_id, plan.caller, plan.timeout, plan.takes_gzip, parent)
 
 
 class _Unheard:
@@ -219,12 +263,9 @@ class Exchange(Job):
         self.protocol.refuse(self, *errors.encode(error), code=error.code)
 
     def _broken(self, error: Exception) -> None:
-        token = log.request_id.set(self.request_id)
-        try:
+        with log.about(self.request_id, None if self.record is None else self.record.trace_id):
             errors.logger.error("a prediction request failed", exc_info=error)
             answer = errors.internal()
-        finally:
-            log.request_id.reset(token)
         self.protocol.refuse(self, *answer, code="internal_error")
 
 
@@ -361,22 +402,24 @@ class DirectProtocol(DrainingProtocol):
         except Unauthorized:
             return None
         name_in_path = match[1].decode() if match[1] is not None else None
-        plan = Plan(name_in_path, length, request_id, caller, timeout, takes_gzip)
+        parent = self._shared.parent_in(self.headers)
+        plan = Plan(name_in_path, length, request_id, caller, timeout, takes_gzip, parent)
         if head is not None:
             shared.remember(head, plan)
         return plan
 
-    def _begin(self, plan: Plan, body: bytes, request_id: str | None) -> bool:
-        """Queue a plain request; return whether it is one."""
+    def _begin(self, plan: Plan, body: bytes, request_id: str | None, record: Record | None = None) -> bool:
+        """Queue a plain request; return whether it is one. `record` is its own, if it has one already."""
         if self._stopping:
             return False
         observer = self._shared.observer
         observer.countdown -= 1
-        record = observer.begin("predict", request_id or new_request_id()) if observer.countdown <= 0 else None
+        if observer.countdown <= 0:
+            record = observer.begin("predict", request_id or new_request_id(), plan.parent)
         asked = self._shared.predictor.plain(body, plan.name)
         if asked is None:
             if record is not None:
-                observer.countdown = 0  # the next one, which this will be on its other way
+                observer.give_back(record)
             return False
         runner, target, draft = asked
         exchange = Exchange(self, plan, target, draft, len(body))
@@ -430,6 +473,8 @@ class DirectProtocol(DrainingProtocol):
         record.submitted = exchange.started
         record.caller = exchange.plan.caller.name
         record.model, record.version, record.rows = exchange.target.name, exchange.target.version, exchange.count
+        if record.trace is not None:
+            record.trace.template = TEMPLATES[exchange.plan.name is not None]
 
     def _error(self, status: int, body: bytes, headers: dict[str, str], request_id: str, keep_alive: bool) -> bytes:
         own = [(b"x-request-id", request_id.encode())]
@@ -529,7 +574,21 @@ class DirectProtocol(DrainingProtocol):
         return self._held is None and self._plan is None and super()._is_silent()
 
 
+class TracingProtocol(DirectProtocol):
+    """The same where traces are wanted: a request that its caller traces has a record from the beginning."""
+
+    @override
+    def _begin(self, plan: Plan, body: bytes, request_id: str | None, record: Record | None = None) -> bool:
+        parent = plan.parent
+        if parent is not None and parent.is_sampled:
+            request_id = request_id or new_request_id()
+            record = self._shared.observer.follow("predict", request_id, parent)
+        return super()._begin(plan, body, request_id, record)
+
+
 def protocol_for(front: Front) -> Any:
     """Return what uvicorn is to make the connections of an application with."""
-    shared = Shared(front.predictor, hosts=front.hosts, of_any_origin=front.for_origins is None)
-    return partial(DirectProtocol, shared)
+    is_tracing = front.predictor.observer.follows
+    make = TracingShared if is_tracing else Shared
+    shared = make(front.predictor, hosts=front.hosts, of_any_origin=front.for_origins is None)
+    return partial(TracingProtocol if is_tracing else DirectProtocol, shared)

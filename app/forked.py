@@ -19,11 +19,13 @@ from app.channel import Channel, Closed, Message
 from app.direct import protocol_for
 from app.protocol import POLL_SECONDS, DrainingServer, configuration
 from app.refresher import Outcome
+from app.spans import Span
 
 if TYPE_CHECKING:
     import uvicorn
 
     from app.registry import Registry
+    from app.tracing import Exporter
     from app.view import View
 
 GREETING_SECONDS = 10.0
@@ -34,9 +36,17 @@ class WorkerServer(DrainingServer):
     """A draining server that tells the supervisor how far it is, and ends when that says so, or is gone."""
 
     def __init__(
-        self, config: uvicorn.Config, registry: Registry, view: View, channel: Channel, *, drain_seconds: float
+        self,
+        config: uvicorn.Config,
+        registry: Registry,
+        view: View,
+        channel: Channel,
+        *,
+        drain_seconds: float,
+        exporter: Exporter | None = None,
     ) -> None:
         super().__init__(config, registry, drain_seconds=drain_seconds)
+        self._exporter = exporter
         self._view = view
         self._channel = channel
         self._leaving = False
@@ -86,6 +96,9 @@ class WorkerServer(DrainingServer):
             case "service":
                 self._view.hear(message["service"])
                 self._greeted.set()
+            case "spans":
+                if self._exporter is not None:
+                    self._exporter.add([Span(*span) for span in message["spans"]])
             case "looked":
                 for ask in message["asks"]:
                     if (future := self._asks.get(ask)) is not None and not future.done():
@@ -133,12 +146,22 @@ def prepared(app: Any, *, keep_alive_seconds: int) -> uvicorn.Config:
 
 
 def serve(
-    config: uvicorn.Config, registry: Registry, view: View, sock: socket.socket, channel: Channel, *, drain_seconds: int
+    config: uvicorn.Config,
+    registry: Registry,
+    view: View,
+    sock: socket.socket,
+    channel: Channel,
+    *,
+    drain_seconds: int,
+    exporter: Exporter | None = None,
 ) -> None:
-    """Serve an application on a listening socket that others share, until the supervisor ends it, or a signal does."""
+    """Serve an application on a listening socket that others share, until the supervisor ends it, or a signal does.
+
+    What the process that looks at the bucket tells of that, `exporter` sends.
+    """
 
     async def run() -> None:
-        server = WorkerServer(config, registry, view, channel, drain_seconds=drain_seconds)
+        server = WorkerServer(config, registry, view, channel, drain_seconds=drain_seconds, exporter=exporter)
         await server.serve(sockets=[sock])
 
     asyncio.run(run(), loop_factory=config.get_loop_factory())

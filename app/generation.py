@@ -47,7 +47,9 @@ from app.registry import Registry, Snapshot
 from app.runner import Runner
 from app.service_counters import ServiceCounters
 from app.settings import Settings
+from app.spans import Journal, Span
 from app.tally import Ledger, Tally
+from app.tracing import Exporter
 from app.view import View, described
 from app.worker import Worker, limit_native_threads
 
@@ -108,7 +110,9 @@ class Line:
         self._tally = tally
         self._generation = generation
         self._service = ServiceCounters()  # of its own as long as nothing is real
-        self._manager = ModelStorageManager.from_settings(settings, counters=self._service)
+        self._exporter = Exporter.from_settings(settings)  # only the workers start it: it has a thread
+        journal = None if self._exporter is None else Journal(self._tell_spans)
+        self._manager = ModelStorageManager.from_settings(settings, counters=self._service, journal=journal)
         self._registry = _Announcing(settings.aliases, settings.required_models)
         self._refresher = Refresher(
             self._manager,
@@ -117,10 +121,11 @@ class Line:
             refresh_seconds=settings.refresh_seconds,
             load=self._load,
             service=self._service,
+            journal=journal,
         )
         self._view = View(self._registry, tally, self._service)
         access = access_of(settings, tally.spent)
-        app = assemble(settings, self._manager, self._registry, self._view, access, self._service)
+        app = assemble(settings, self._manager, self._registry, self._view, access, self._service, self._exporter)
         asyncio.run(_rehearsed(app))
         collector = collector_for(settings, self._registry, self._view, self._service, access)
         asyncio.run(exposed(collector.samples(collector.figures()), ""))  # what it imports and makes, the workers share
@@ -239,6 +244,10 @@ class Line:
             self._announcing = None
         self._announced_at = time.monotonic()
         self._channel.send_now("view", view=described(self._registry, self._refresher))
+
+    def _tell_spans(self, spans: list[Span]) -> None:
+        """Have a worker send what a look was: this process may have no thread for it."""
+        self._channel.send_now("spans", spans=spans)
 
     # A load
 
@@ -415,6 +424,7 @@ class Line:
                 self._sock,
                 self._channel,
                 drain_seconds=self._settings.drain_seconds,
+                exporter=self._exporter,
             )
             code = 0
         except BaseException:

@@ -1,4 +1,4 @@
-"""Logs: one line an event on stdout, as JSON or logfmt, with the id of the request that it belongs to."""
+"""Logs: one line an event on stdout, as JSON or logfmt, with the ids of the request and the trace that it belongs to."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, override
 
 import orjson
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # visible ASCII without '"', '=' and '\\'
 
 
@@ -27,10 +30,23 @@ def _line(record: logging.LogRecord) -> dict[str, Any]:
     }
     if (current := request_id.get()) is not None:
         line["request_id"] = current
+    if (current := trace_id.get()) is not None:
+        line["trace_id"] = current
     line |= getattr(record, "fields", {})
     if record.exc_info and record.exc_info[1] is not None:
         line["error"] = "".join(traceback.format_exception(record.exc_info[1]))
     return line
+
+
+@contextmanager
+def about(request: str | None, trace: str | None) -> Iterator[None]:
+    """Let the lines that are logged within say which request and which trace they belong to."""
+    tokens = request_id.set(request), trace_id.set(trace)
+    try:
+        yield
+    finally:
+        request_id.reset(tokens[0])
+        trace_id.reset(tokens[1])
 
 
 class JsonFormatter(logging.Formatter):

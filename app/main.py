@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import __version__
@@ -26,9 +27,13 @@ from app.registry import Registry
 from app.runner import Runner
 from app.service_counters import ServiceCounters, StorageKind
 from app.settings import Mode, Settings, load_settings
+from app.spans import Journal
+from app.tracing import Exporter, TracingObserver
 from app.view import View
 
 logger = logging.getLogger("diskless.server")
+# FastAPI's own would start threads where a variable says so, and tell what is in errors. `app/tracing.py` has the spans.
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 _STORAGES: Mapping[Mode, tuple[StorageKind, ...]] = {
     Mode.CLOUD_ONLY: ("r2",),
     Mode.R2_FORCED: ("r2", "copy"),
@@ -44,7 +49,9 @@ def create_app(settings: Settings | None = None) -> Front:
     """
     settings = settings or load_settings()
     service = ServiceCounters()
-    manager = ModelStorageManager.from_settings(settings, counters=service)
+    exporter = Exporter.from_settings(settings)
+    journal = None if exporter is None else Journal(exporter.add)
+    manager = ModelStorageManager.from_settings(settings, counters=service, journal=journal)
     registry = Registry(settings.aliases, settings.required_models)
 
     refresher = Refresher(
@@ -54,6 +61,7 @@ def create_app(settings: Settings | None = None) -> Front:
         refresh_seconds=settings.refresh_seconds,
         swap_policy=settings.swap_policy,
         service=service,
+        journal=journal,
     )
 
     access = access_of(settings)
@@ -68,13 +76,33 @@ def create_app(settings: Settings | None = None) -> Front:
             finally:
                 await refresher.stop()
 
-    return assemble(settings, manager, registry, refresher, access, service, lifespan)
+    return assemble(settings, manager, registry, refresher, access, service, exporter, lifespan)
 
 
 @asynccontextmanager
 async def no_lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Do nothing at the start and at the end: somebody else looks at the bucket."""
     yield
+
+
+def _observer(settings: Settings, service: ServiceCounters, exporter: Exporter | None) -> Observer:
+    sample = settings.access_log_sample
+    if exporter is None:
+        return Observer(sample=sample, service=service)
+    return TracingObserver(exporter, sample=sample, trace_sample=settings.trace_sample, service=service)
+
+
+@asynccontextmanager
+async def sending(exporter: Exporter | None) -> AsyncIterator[None]:
+    """Send what is traced, if anything is."""
+    if exporter is None:
+        yield
+        return
+    exporter.start()
+    try:
+        yield
+    finally:
+        await exporter.close()
 
 
 def access_of(settings: Settings, cells: MutableSequence[float] | None = None) -> Access:
@@ -104,14 +132,18 @@ def assemble(
     watch: Refresher | View,
     access: Access,
     service: ServiceCounters,
+    exporter: Exporter | None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] = no_lifespan,
 ) -> Front:
-    """Return the ASGI application that answers from a registry, tells of what `watch` sees, and counts in `service`."""
+    """Return the ASGI application that answers from a registry, tells of what `watch` sees, and counts in `service`.
+
+    Where there is an `exporter`, it sends what is traced from the application's start to its end.
+    """
     collector = collector_for(settings, registry, watch, service, access)
 
     @asynccontextmanager
     async def watched(api: FastAPI) -> AsyncIterator[None]:
-        async with lifespan(api):
+        async with sending(exporter), lifespan(api):
             looking = asyncio.create_task(collector.keep_looking())
             try:
                 yield
@@ -127,11 +159,12 @@ def assemble(
         openapi_url=None,  # ours knows the models, and its page runs nothing that was not looked at
         redirect_slashes=False,  # a redirect would name the host that the caller named, and http behind a TLS proxy
         exception_handlers=errors.HANDLERS,
+        telemetry=NO_TELEMETRY,
     )
     predictor = Predictor(
         registry,
         access,
-        Observer(sample=settings.access_log_sample, service=service),
+        _observer(settings, service, exporter),
         max_body_bytes=settings.max_body_bytes,
         max_rows=settings.max_rows,
     )

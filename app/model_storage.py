@@ -58,8 +58,10 @@ from app.seal import MAX_SEAL_BYTES, PrivateKey, read_private_key
 from app.seal import seal as make_seal
 from app.service_counters import ServiceCounters, StorageKind
 from app.settings import Mode, Settings, load_settings
+from app.spans import Journal
 from app.storage.base import ObjectInfo, Storage
 from app.storage.counted import CountedStorage
+from app.storage.traced import TracedStorage
 from app.trust import Trust
 
 logger = logging.getLogger("diskless.models")
@@ -258,13 +260,14 @@ class ModelStorageManager:
         *,
         moved: Callable[[str, int, int], None] | None = None,
         counters: ServiceCounters | None = None,
+        journal: Journal | None = None,
     ) -> ModelStorageManager:
         """Return a manager over the storage that the settings call for; `moved` is as in `R2Storage`.
 
-        `counters` are told of all that is asked of the storage. Raises `SettingsError`.
+        `counters` are told of all that is asked of the storage, and it is written down in `journal`. Raises `SettingsError`.
         """
         return cls(
-            storage_for(settings, moved=moved, counters=counters),
+            storage_for(settings, moved=moved, counters=counters, journal=journal),
             prefix=settings.prefix,
             bare_models=settings.bare_models,
             companions=settings.companions,
@@ -952,15 +955,16 @@ def storage_for(
     *,
     moved: Callable[[str, int, int], None] | None = None,
     counters: ServiceCounters | None = None,
+    journal: Journal | None = None,
 ) -> Storage:
     """Return the storage of the settings' mode; nothing is connected yet. `moved` is told of bytes that cross the network.
 
-    `counters` are told of every operation. Raises `SettingsError`.
+    `counters` are told of every operation, and it is written down in `journal`. Raises `SettingsError`.
     """
     from app.storage.local import LocalStorage
 
     if settings.mode is Mode.LOCAL:
-        return _counted(LocalStorage(settings.local_dir), "local", counters)
+        return _counted(_traced(LocalStorage(settings.local_dir), "local", journal), "local", counters)
     from app.storage.r2 import R2Storage
 
     target = settings.r2
@@ -976,7 +980,7 @@ def storage_for(
         max_attempts=settings.max_attempts,
         moved=moved,
     )
-    remote = _counted(bucket, "r2", counters)
+    remote = _counted(_traced(bucket, "r2", journal), "r2", counters)
     if settings.mode is Mode.CLOUD_ONLY:
         return remote
     from app.storage.copy import CopyingStorage
@@ -987,6 +991,10 @@ def storage_for(
 
 def _counted(storage: Storage, kind: StorageKind, counters: ServiceCounters | None) -> Storage:
     return storage if counters is None else CountedStorage(storage, kind, counters)
+
+
+def _traced(storage: Storage, kind: Literal["r2", "local"], journal: Journal | None) -> Storage:
+    return storage if journal is None else TracedStorage(storage, kind, journal)
 
 
 def _now() -> str:

@@ -10,14 +10,16 @@ import logging
 import math
 import random
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 from app.service_counters import ServiceCounters
+from app.spans import Headers, Parent, Trace
 
 logger = logging.getLogger("diskless.access")
 FAILURES_PER_SECOND = (
     50  # lines about requests that were refused or failed; a flood of them must not become one of lines
 )
+PHASES = ("decode", "queue", "predict", "encode")
 
 
 class Record:
@@ -25,7 +27,7 @@ class Record:
 
     __slots__ = (
         *("began", "caller", "code", "computed", "computing", "is_sampled"),
-        *("model", "request_id", "route", "rows", "submitted", "version"),
+        *("model", "request_id", "route", "rows", "submitted", "trace", "version"),
     )
 
     def __init__(self, route: str, request_id: str, *, began: float | None = None) -> None:
@@ -39,13 +41,18 @@ class Record:
         self.model: str | None = None
         self.version: str | None = None
         self.rows: int | None = None
+        self.trace: Trace | None = None
+
+    @property
+    def trace_id(self) -> str | None:
+        """The trace that it belongs to, as logs write it."""
+        return None if self.trace is None else self.trace.shown
 
     def milliseconds(self, ended: float) -> dict[str, float]:
         """Return what each phase has taken, of those that there were, and all together."""
-        moments = {"decode": self.submitted, "queue": self.computing, "predict": self.computed, "encode": ended}
         found, before = {}, self.began
         if self.submitted:
-            for phase, moment in moments.items():
+            for phase, moment in zip(PHASES, (self.submitted, self.computing, self.computed, ended), strict=True):
                 if not moment:  # it did not come so far
                     break
                 found[f"{phase}_ms"] = round((moment - before) * 1000, 3)
@@ -56,30 +63,45 @@ class Record:
 class Observer:
     """Tells of answers, and counts them in `service`. `sample` is the share of those with a status below 400 that are logged."""
 
+    follows: ClassVar[bool] = False  # whether it matters whose span a request belongs to
+
     def __init__(self, *, sample: float = 0.0, service: ServiceCounters | None = None) -> None:
         self.service = service or ServiceCounters()
         self._sample = sample
         self.is_muted = False
-        self.countdown = (
-            self._gap()
-        )  # requests until the next that is told of; who takes one down to 0 asks for a record
+        self.countdown = gap(sample)  # requests until the next that is told of; who takes it to 0 asks for a record
         self._second = 0
         self._failures_left = FAILURES_PER_SECOND
         self._unlogged = 0
 
-    def begin(self, route: str, request_id: str) -> Record:
+    def begin(self, route: str, request_id: str, parent: Parent | None = None) -> Record:
         """Return the record of a request whose turn it is, and count from there to the next."""
         record = Record(route, request_id)
-        record.is_sampled = True
-        self.countdown = self._gap()
+        self._elect(record, parent)
         return record
 
-    def choose(self, record: Record) -> None:
-        """Decide whether a request that has a record anyway is one of those that are logged."""
+    def follow(self, route: str, request_id: str, parent: Parent) -> Record | None:
+        """Return the record of a request that is told of because its caller traces it, if it is; it is no one's turn."""
+        del route, request_id, parent
+        return None
+
+    def choose(self, record: Record, headers: Headers) -> None:
+        """Decide whether a request that has a record anyway is one of those that are told of."""
+        del headers
         self.countdown -= 1
         if self.countdown <= 0:
-            record.is_sampled = True
-            self.countdown = self._gap()
+            self._elect(record, None)
+
+    def give_back(self, record: Record) -> None:
+        """Make it the turn of the next request: this one comes once more, on its other way."""
+        del record
+        self.countdown = 0
+
+    def _elect(self, record: Record, parent: Parent | None) -> None:
+        """Note whose turn it is, and begin to count to the next."""
+        del parent
+        record.is_sampled = True
+        self.countdown = gap(self._sample)
 
     def tell(self, record: Record, status: int) -> None:
         """Tell of an answer that was sent."""
@@ -96,6 +118,9 @@ class Observer:
             level = logging.ERROR if status == 500 else logging.WARNING
             logger.log(level, "request", extra={"fields": fields})
 
+    def lose(self, record: Record) -> None:
+        """Take note that a caller has gone before there was an answer."""
+
     def _may_log_failure(self) -> bool:
         second = int(perf_counter())
         if second != self._second:
@@ -106,13 +131,14 @@ class Observer:
         self._unlogged += 1
         return False
 
-    def _gap(self) -> float:
-        """Return how many requests it is to the next that is logged: at random, so that no pattern of callers escapes it."""
-        if not self._sample:
-            return math.inf
-        if self._sample == 1:
-            return 1
-        return math.ceil(math.log(1 - random.random()) / math.log(1 - self._sample))  # noqa: S311 - not a secret
+
+def gap(share: float) -> float:
+    """Return how many requests it is to the next of those that are so large a share: at random, so that no pattern escapes it."""
+    if not share:
+        return math.inf
+    if share == 1:
+        return 1
+    return math.ceil(math.log(1 - random.random()) / math.log(1 - share))  # noqa: S311 - not a secret
 
 
 def _fields(record: Record, status: int) -> dict[str, Any]:
@@ -123,6 +149,7 @@ def _fields(record: Record, status: int) -> dict[str, Any]:
         "version": record.version,
         "rows": record.rows,
         "key": record.caller,
+        "trace_id": record.trace_id,
     }
     fields |= {name: value for name, value in optional.items() if value is not None}
     return fields | record.milliseconds(perf_counter())

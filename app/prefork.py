@@ -235,6 +235,10 @@ class Supervisor:
             case "view":
                 self._view = message["view"]
                 self._tell_workers("view", latest=True, view=self._view)
+            case "spans":
+                worker = next((peer for peer in self._of("worker") if peer.state == "serving"), None)
+                if worker is not None:
+                    worker.channel.send("spans", latest=True, spans=message["spans"])
             case "look":
                 self._asks.append(message["ask"])
                 for heir in self._of("heir"):

@@ -40,6 +40,7 @@ from app.names import ModelRef, shortened
 from app.registry import Entry, Registry, Slot, Snapshot, State
 from app.runner import Runner
 from app.service_counters import ServiceCounters
+from app.spans import Journal
 from app.worker import Worker, limit_native_threads
 
 logger = logging.getLogger("diskless.refresher")
@@ -116,9 +117,11 @@ class Refresher:
         swap_policy: Literal["keep", "replace"] = "keep",
         load: Load = load_in_thread,
         service: ServiceCounters | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self._manager = manager
         self._service = service or ServiceCounters()
+        self._journal = journal or Journal()
         self._load_bundle = load
         self._registry = registry
         self._make_runner = make_runner
@@ -227,8 +230,11 @@ class Refresher:
                 await asyncio.sleep(self._confirm_seconds)
 
     async def _look(self, *, insist: bool = False) -> Outcome:
-        """Look once, and count it. Whatever goes wrong becomes an outcome: nothing may end the looking."""
-        outcome = await self._look_once(insist=insist)
+        """Look once, count it and write it down. Whatever goes wrong becomes an outcome: nothing may end the looking."""
+        with self._journal.look() as step:
+            outcome = await self._look_once(insist=insist)
+            step.has_failed = outcome.error is not None
+            step.is_kept = bool(outcome.error or outcome.loaded or outcome.failed or outcome.retired)
         changed = outcome.loaded or outcome.retired
         self._service.looked("failed" if outcome.error is not None else "changed" if changed else "unchanged")
         return outcome
@@ -329,22 +335,35 @@ class Refresher:
         failure = self._failures.get(wanted.ref)
         return failure is not None and failure.content == wanted.content and time.monotonic() < failure.retry_at
 
-    async def _load(
-        self, wanted: Wanted, catalogue: Catalogue, *, may_drop: bool = True, unreadable: str | None = None
+    async def _load(self, wanted: Wanted, catalogue: Catalogue, *, may_drop: bool = True) -> Slot | DisklessError:
+        """Load one version, and write it down; return the slot that serves it, or why it cannot be served."""
+        with self._journal.step("load", model=wanted.ref.name, version=wanted.ref.version) as step:
+            result = await self._load_once(wanted, catalogue, may_drop=may_drop)
+            if isinstance(result, Slot):
+                step.attributes |= {f"diskless.seconds.{phase}": took for phase, took in result.seconds.items()}
+            else:
+                step.fail(result)
+        return result
+
+    async def _load_once(
+        self, wanted: Wanted, catalogue: Catalogue, *, may_drop: bool, unreadable: str | None = None
     ) -> Slot | DisklessError:
-        """Load one version; return the slot that serves it, or why it cannot be served.
+        """Do what `_load` says.
 
         Where only its compiled form is not one that this release can read (then that is `unreadable`), scikit-learn serves it.
         """
         ref, started = wanted.ref, time.perf_counter()
         try:
-            with await self._manager.fetch(wanted, unreadable=unreadable) as bundle:
+            with self._journal.step("find"):
+                opened = await self._manager.fetch(wanted, unreadable=unreadable)
+            with opened as bundle:
                 found = time.perf_counter()
                 await self._finish_retiring()  # what is on its way out needs no room any more
                 estimate = self._estimator.estimate(bundle.stored, bundle.recorded, needs_sklearn=bundle.needs_sklearn)
                 room = await self._make_room(wanted, estimate, catalogue, may_drop=may_drop)
                 try:
-                    checked = await self._load_bundle(self._loader, bundle)
+                    with self._journal.step("read"):
+                        checked = await self._load_bundle(self._loader, bundle)
                 except NoRoom:  # it takes more than was expected: more than there was
                     self._least[ref] = _Least(wanted.content, room.free_bytes + memory.LOOK_EVERY_BYTES if room else 0)
                     raise
@@ -355,7 +374,7 @@ class Refresher:
                 logger.warning(
                     "its compiled form cannot be read", extra={"fields": {"model": str(ref), "reason": told}}
                 )
-                return await self._load(wanted, catalogue, may_drop=may_drop, unreadable=told)
+                return await self._load_once(wanted, catalogue, may_drop=may_drop, unreadable=told)
         except (BundleError, StorageError) as error:
             failure = error
         except Exception as error:
@@ -574,7 +593,15 @@ class Refresher:
         keep = {*targets.values(), *serving.values()}
         slots = {label: slot for label, slot in entry.slots.items() if label in keep}
         after, before = Entry(slots, serving, targets), self._registry.snapshot.entries.get(name)
-        return [] if after == before else self._swap(self._registry.snapshot.with_entry(name, after))
+        if after == before:
+            return []
+        snapshot = self._registry.snapshot.with_entry(name, after)
+        if _answering(after) == _answering(before):
+            return self._swap(snapshot)
+        serves = [f"{alias}={label}" for alias, label in serving.items()]
+        with self._journal.step("swap", model=name, serves=serves) as step:
+            step.attributes["diskless.retired"] = retired = self._swap(snapshot)
+        return retired
 
     def _swap(self, snapshot: Snapshot) -> list[str]:
         """Serve from `snapshot`, retire what it no longer holds, and return what that was."""
@@ -631,6 +658,11 @@ def hint(error: DisklessError) -> str:
 
 def _told(error: DisklessError) -> str:
     return shortened(str(error), MAX_REASON)
+
+
+def _answering(entry: Entry | None) -> dict[str, Runner | None]:
+    """Return what answers under each alias of a name."""
+    return {} if entry is None else {alias: entry.slots[label].runner for alias, label in entry.serving.items()}
 
 
 def _collect() -> None:

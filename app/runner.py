@@ -409,6 +409,9 @@ class Runner:
             while jobs := self._batch:
                 self._watch_deadlines()
                 begun = perf_counter()
+                for job in jobs:
+                    if job.record is not None:  # its time may be over before this is
+                        job.record.computing = begun
                 outcome, seconds = await self._worker.run(self._attempt, jobs)
                 self._finish(jobs, outcome, seconds, begun)
                 self._batch = self._next_batch()
@@ -533,6 +536,8 @@ class Runner:
             error = PredictionFailed("the model could not compute this input; the service's log says why")
         if isinstance(error, PredictionFailed):
             fields = {"model": str(self.model.ref), "method": job.target.method, "request_id": job.request_id}
+            if job.record is not None and job.record.trace_id is not None:
+                fields["trace_id"] = job.record.trace_id
             logger.error("prediction failed", exc_info=error, extra={"fields": fields})
         self.counters.failed(error.code)
         job.awaited = False

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, override
-from urllib.parse import SplitResult, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from annotated_types import Ge, Gt, Le
 from pydantic import (
@@ -46,6 +46,8 @@ HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9a-f:.]+")  # a name or an IPv4 address; 
 ORIGIN = re.compile(r"(https?)://(?:[a-z0-9.-]{1,253}|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?")
 USUAL_PORTS = {"http": ":80", "https": ":443"}  # which browsers leave out
 ALLOWED_HOST = re.compile(r"(\*\.)?[a-z0-9._-]{1,253}|\[[0-9a-f:.]+\]")
+HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
+TRACES_PATH = "/v1/traces"  # behind the base URL of a collector
 VISIBLE_ASCII = re.compile(r"[!-~]+")
 MAX_WORKERS = 256
 MAX_SHOWN = 60  # characters of a value that an error line shows
@@ -399,6 +401,26 @@ class Settings(BaseSettings):
         "ML_LOG_LEVEL", default="info", description="least level logged"
     )
 
+    # Traces
+    otlp_endpoint: str | None = _env(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        default=None,
+        description="where traces go, by OTLP over HTTP: `http://collector:4318`; unset: no traces",
+    )
+    otlp_headers_text: SecretStr | None = _env(
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        default=None,
+        description="sent there with them, as for its key: `name=value,name=value`",
+    )
+    otlp_service: str = _env("OTEL_SERVICE_NAME", default="diskless", description="what traces call this service")
+    trace_sample: float = _env(
+        "ML_TRACE_SAMPLE",
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of the requests that are traced, of those without a `traceparent`, which says it itself",
+    )
+
     @classmethod
     @override
     def settings_customise_sources(
@@ -453,6 +475,18 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_a_collector(cls, value: str | None) -> str | None:
+        return None if value is None else _collector(value)
+
+    @field_validator("otlp_headers_text")
+    @classmethod
+    def _are_headers(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _headers(value.get_secret_value())
+        return value
+
     @field_validator("aliases")
     @classmethod
     def _one_alias_at_least(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -484,6 +518,11 @@ class Settings(BaseSettings):
         if self.force_r2:
             return "ML_CLOUD_ONLY is false and FORCE_R2 is true"
         return f"ML_CLOUD_ONLY is false and R2 credentials are {'present' if self.has_r2_credentials else 'absent'}"
+
+    @property
+    def otlp_headers(self) -> dict[str, str]:
+        """What is sent with traces."""
+        return {} if self.otlp_headers_text is None else _headers(self.otlp_headers_text.get_secret_value())
 
     @property
     def trust(self) -> Trust:
@@ -670,17 +709,40 @@ def _split_endpoint(url: str, jurisdiction: str) -> tuple[str, str | None]:
     return urlunsplit((parts.scheme, parts.netloc, "", "", "")), path or None
 
 
-def _split_url(url: str) -> SplitResult:
+def _split_url(
+    url: str, expected: str = "https://HOST, as in https://0123456789abcdef0123456789abcdef.r2.cloudflarestorage.com"
+) -> SplitResult:
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - urlsplit checks it only when it is asked for
     except ValueError:
         parts = SplitResult("", "", "", "", "")
     if parts.scheme not in ("http", "https") or not HOST.fullmatch(parts.hostname or "") or not url.isprintable():
-        raise ValueError(
-            "expected https://HOST, as in https://0123456789abcdef0123456789abcdef.r2.cloudflarestorage.com"
-        )
+        raise ValueError(f"expected {expected}")
     return parts
+
+
+def _collector(url: str) -> str:
+    """Return where a collector takes traces, from its base URL."""
+    parts = _split_url(url, "the base URL of a collector, as in http://collector:4318")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("expected no user name or password in it: send them in OTEL_EXPORTER_OTLP_HEADERS")
+    path = parts.path.rstrip("/")
+    if path.endswith(TRACES_PATH) or parts.query or parts.fragment:
+        raise ValueError(f"expected a base URL, to which {TRACES_PATH} is added, with nothing behind its path")
+    return urlunsplit((parts.scheme, parts.netloc, path + TRACES_PATH, "", ""))
+
+
+def _headers(text: str) -> dict[str, str]:
+    """Split `api-key=abc%20def,tenant=a` into headers; their values are percent-encoded."""
+    found = {}
+    for number, part in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
+        name, equals, value = part.partition("=")
+        name, value = name.strip().lower(), unquote(value.strip())
+        if not equals or not HEADER_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()):
+            raise ValueError(f"header {number}: expected name=value, the value percent-encoded where it has a comma")
+        found[name] = value
+    return found
 
 
 if __name__ == "__main__":

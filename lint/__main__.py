@@ -22,9 +22,11 @@ def main(arguments: list[str]) -> int:
         return 0
     scan = [str(python), "-m", "bandit", "--quiet", "--recursive", "--configfile", "pyproject.toml", "app"]
     unsafe = subprocess.run(scan, cwd=environment.ROOT).returncode != 0
-    found = audit(python, environment.ROOT / "requirements.txt", arguments)
-    print("\n".join(found.lines))
-    return int(unsafe or found.failed)
+    found = [
+        audit(python, environment.ROOT / name, arguments) for name in ("requirements.txt", "otel-requirements.txt")
+    ]
+    print("\n".join(dict.fromkeys(line for one in found for line in one.lines)))
+    return int(unsafe or any(one.failed for one in found))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def r2_environment(endpoint_url: str, bucket: str, access_key_id: str, secret_ac
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """The machine's environment without what configures the service, and what a test sets. Our own code is trusted."""
-    ours = ("R2_", "AWS_", "ML_", "CLOUDFLARE_", "DYNO", "FORCE_R2", "PORT", "HOST", "WEB_CONCURRENCY")
+    ours = ("R2_", "AWS_", "ML_", "CLOUDFLARE_", "DYNO", "FORCE_R2", "OTEL_", "PORT", "HOST", "WEB_CONCURRENCY")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     ours_too = {"ML_TRUSTED_TYPES": ",".join(TRUST.types), "ML_ADMIN_KEYS": f"tests:{ADMIN_KEY}"}
     return kept | {"PYTHONPATH": str(ROOT)} | ours_too | dict(extra)

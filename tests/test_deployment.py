@@ -24,6 +24,7 @@ from app.settings import Settings, variables
 ROOT = Path(__file__).parent.parent
 SERVING = ["requirements.txt"]
 DEMO = [*SERVING, "demo/requirements.txt"]
+TRACED = [*SERVING, "otel-requirements.txt"]
 DEVELOPMENT = ["requirements-dev.txt"]
 
 
@@ -98,6 +99,14 @@ def test_requirements_include_the_ml_requirements():
     assert "-r ml-requirements.txt" in lines("requirements.txt")
 
 
+def test_what_serves_without_traces_installs_nothing_of_them():
+    needed = {requirement.name for requirement in pinned(SERVING)}
+    extra = {requirement.name for requirement in pinned(["otel-requirements.txt"])} - needed
+
+    assert {"opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"} <= extra
+    assert "otel-requirements.txt" not in included("requirements.txt")
+
+
 def test_every_place_names_the_same_python():
     version = (ROOT / ".python-version").read_text().strip()
 
@@ -106,7 +115,7 @@ def test_every_place_names_the_same_python():
     assert f"ifneq ($(usable),{version})" in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.parametrize("files", [DEMO, DEVELOPMENT], ids=["run", "test"])
+@pytest.mark.parametrize("files", [DEMO, TRACED, DEVELOPMENT], ids=["run", "traces", "test"])
 def test_every_requirement_is_pinned_to_one_version(files):
     requirements = pinned(files)
     pins = {(canonicalize_name(requirement.name), str(requirement.specifier)) for requirement in requirements}
@@ -115,7 +124,7 @@ def test_every_requirement_is_pinned_to_one_version(files):
     assert len({name for name, _ in pins}) == len(pins)
 
 
-@pytest.mark.parametrize("files", [SERVING, DEMO, DEVELOPMENT], ids=["serve", "run", "test"])
+@pytest.mark.parametrize("files", [SERVING, DEMO, TRACED, DEVELOPMENT], ids=["serve", "run", "traces", "test"])
 def test_what_the_requirements_require_is_pinned_too(files):
     pins = {canonicalize_name(requirement.name): requirement for requirement in pinned(files) if here(requirement)}
 

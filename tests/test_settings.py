@@ -82,6 +82,10 @@ SAMPLES = {  # what each setting is read as, and from what
     "keep_alive_seconds": ("10", 10),
     "drain_seconds": ("3", 3),
     "log_level": ("DEBUG", "debug"),
+    "otlp_endpoint": ("https://collector.example.com/otlp/", "https://collector.example.com/otlp/v1/traces"),
+    "otlp_headers_text": ("api-key=a%2Cb", SecretStr("api-key=a%2Cb")),
+    "otlp_service": ("scores", "scores"),
+    "trace_sample": ("0.25", 0.25),
 }
 IMPOSSIBLE = [
     *[
@@ -395,8 +399,14 @@ def test_a_credential_that_was_copied_badly_is_refused_and_never_shown(problems,
     )
 
 
+def test_headers_for_the_collector_are_split_and_decoded(read):
+    settings = read(**R2, OTEL_EXPORTER_OTLP_HEADERS="Api-Key = a%2Cb , ,tenant=blue=1, authorization=Basic%20eDp5")
+
+    assert settings.otlp_headers == {"api-key": "a,b", "tenant": "blue=1", "authorization": "Basic eDp5"}
+
+
 def test_no_secret_is_in_any_representation(read):
-    settings = read(**R2, R2_SESSION_TOKEN="very-secret-too")
+    settings = read(**R2, R2_SESSION_TOKEN="very-secret-too", OTEL_EXPORTER_OTLP_HEADERS="key=very-secret-three")
     texts = [repr(settings), str(settings), repr(settings.r2), str(settings.model_dump()), settings.model_dump_json()]
 
     assert not [text for text in texts if "very-secret" in text]

@@ -32,6 +32,7 @@ from app.signature import Rows
 logger = logging.getLogger("diskless.api")
 FIELDS = ("model", "instances", "method", "version", "alias")
 PATH = re.compile(r"/models/([^/]+)/predict\Z")
+TEMPLATES = ("/predict", "/models/{name}/predict")  # the second where the path names the model
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,200}\Z")
 HEALTH = frozenset(("/health", "/health/live", "/health/ready"))
 DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that its sender gets to see the refusal
@@ -182,12 +183,9 @@ class Predictor:
             return None
         except Exception:
             record.code = "internal_error"
-            token = log.request_id.set(record.request_id)
-            try:
+            with log.about(record.request_id, record.trace_id):
                 logger.exception("a prediction request failed")
                 return Answer(*errors.internal())
-            finally:
-                log.request_id.reset(token)
 
     def _read_headers(self, headers: Any) -> tuple[float | None, bool]:
         """Return how many seconds the caller waits, if it says so, and whether the body is compressed.
@@ -316,19 +314,23 @@ class Front:
         ours, name = predicted_model(scope)
         if ours:
             record = Record("predict", identity)
-            self._observer.choose(record)
+            self._observer.choose(record, scope["headers"])
+            if record.trace is not None:
+                record.trace.template = TEMPLATES[name is not None]
             answer = await self.predictor.handle(scope, receive, name, record)
-            if answer is not None:
+            if answer is None:
+                self._observer.lose(record)
+            else:
                 await _send(answer, scope, identity, receive, send)
                 self._observer.tell(record, answer.status)
             return
-        record = Record(ROUTES.get(scope["path"], "other"), identity)
-        self._observer.choose(record)
-        token = log.request_id.set(identity)
-        try:
+        path = scope["path"]
+        record = Record(ROUTES.get(path, "other"), identity)
+        self._observer.choose(record, scope["headers"])
+        if record.trace is not None:
+            record.trace.method, record.trace.template = scope["method"], path if path in ROUTES else None
+        with log.about(identity, record.trace_id):
             await self._pass_on(scope, receive, send, record)
-        finally:
-            log.request_id.reset(token)
 
     async def _answer_origin(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answer what a page of another origin asks: its preflights by what stands before the application, all else as ever."""
@@ -349,7 +351,9 @@ class Front:
         await self.for_origins(scope, receive, completing)
         if preflight is not None:
             preflight.code = None if status < 400 else InvalidRequest.code
-            self._observer.choose(preflight)
+            self._observer.choose(preflight, scope["headers"])
+            if preflight.trace is not None:
+                preflight.trace.method = scope["method"]
             self._observer.tell(preflight, status)
 
     async def _refuse(self, code: str, answer: Answer, scope: Scope, receive: Any, send: Any) -> None:

@@ -7,11 +7,13 @@ import pytest
 
 from app.errors import InvalidRange, NotModified, ObjectNotFound, PreconditionFailed
 from app.service_counters import ServiceCounters
+from app.spans import Journal
 from app.storage.base import ObjectInfo
 from app.storage.copy import CopyingStorage
 from app.storage.counted import CountedStorage
 from app.storage.local import LocalStorage
 from app.storage.r2 import R2Storage
+from app.storage.traced import TracedStorage
 
 BODY = bytes(range(256)) * 4
 
@@ -23,13 +25,15 @@ async def remote(r2_arguments):
         yield storage
 
 
-@pytest.fixture(params=["r2", "local", "local, counted", "copying", "copying-forced"])
+@pytest.fixture(params=["r2", "local", "local, counted", "local, traced", "copying", "copying-forced"])
 def storage(request, tmp_path):
     local = LocalStorage(tmp_path / "models")
     if request.param == "local":
         return local
     if request.param == "local, counted":
         return CountedStorage(local, "local", ServiceCounters())
+    if request.param == "local, traced":
+        return TracedStorage(local, "local", Journal())
     request.getfixturevalue("bucket")
     remote = request.getfixturevalue("remote")
     if request.param == "r2":
