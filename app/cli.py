@@ -122,9 +122,13 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     # Read by the libraries when they are first imported: more threads than cores only wait for each other.
     for variable in ONE_THREAD:
         os.environ[variable] = "1"
-    from app import log
+    from app import limits, log
 
     log.configure(settings.log_level, settings.log_format)
+    limits.allow_files(settings.max_connections)
+    if (fit := limits.connections_within_files(settings.max_connections)) < settings.max_connections:
+        text = "fewer connections than ML_MAX_CONNECTIONS fit: the process may not open so many files"
+        logging.getLogger("diskless.server").warning(text, extra={"fields": {"connections": fit}})
     if settings.workers > 1:
         from app import prefork
         from app.auth import Access
@@ -148,7 +152,7 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
             app,
             app.registry,
             sock,
-            keep_alive_seconds=settings.keep_alive_seconds,
+            limits=settings.limits,
             drain_seconds=settings.drain_seconds,
             http=protocol_for(app),
         )

@@ -14,29 +14,33 @@ from __future__ import annotations
 import re
 import sys
 from functools import partial
-from time import perf_counter
 from typing import Any, ClassVar, NamedTuple, override
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from app import log
 from app.api import compression, errors
-from app.api.headers import SAFE_JSON, Header, Hosts, lines_of
+from app.api.headers import Header, Hosts, lines_of
 from app.api.predict import (
     GZIPPED,
+    REFUSAL,
     REQUEST_ID,
+    ROUTES,
     SMALL_BODY_BYTES,
     TEMPLATES,
     Front,
     Predictor,
     new_request_id,
+    predicted_model,
     read_timeout,
 )
 from app.auth import ANYONE, Caller
+from app.connections import Stage, State
 from app.errors import Overloaded, RateLimited, RequestError, Unauthorized
 from app.intake import Draft
+from app.limits import COUNTED_BYTES, Claim
 from app.observer import Record
-from app.protocol import STOPPING, DrainingProtocol
+from app.protocol import CLOSE, JSON_OF_BYTES, MAX_HEADERS, STOPPING, DrainingProtocol
 from app.runner import Job, Result, Target
 from app.spans import Headers, Parent, parse_parent, read_parent
 
@@ -63,8 +67,6 @@ _VARYING = frozenset(
 _TRACEPARENT = b"\r\ntraceparent: "
 _VISIBLE = bytes(range(32, 127)) + b"\t"
 _BOUNDARY = b"\r\n\r\n"
-_JSON = lines_of(SAFE_JSON) + b"content-length: "
-_CLOSE = b"connection: close\r\n"
 _GZIPPED = lines_of(GZIPPED)
 
 
@@ -124,7 +126,10 @@ class Shared:
         fixed = []
         length = request_id = None
         comes_again = True
-        for line in head.split(b"\r\n"):
+        parts = head.split(b"\r\n")
+        if len(parts) > MAX_HEADERS:
+            return None
+        for line in parts:
             if hash(line) in lines:
                 fixed.append(line)
                 continue
@@ -144,9 +149,7 @@ class Shared:
             else:
                 comes_again = False
         plan = self.forms.get(hash(b"\r\n".join(fixed)))
-        if plan is None or length is None or length > self.predictor.max_body_bytes:
-            return None
-        if plan.takes_gzip and length > SMALL_BODY_BYTES:
+        if plan is None or length is None or length > self.predictor.max_body_bytes or length > COUNTED_BYTES:
             return None
         plan = Plan(plan.name, length, request_id, plan.caller, plan.timeout, plan.takes_gzip)
         if comes_again:
@@ -154,6 +157,8 @@ class Shared:
         return plan
 
     def _keep(self, head: bytes, plan: Plan) -> None:
+        if plan.length > COUNTED_BYTES:
+            return  # it is read piece by piece, and counted
         if len(self.heads) + len(self.cut_heads) >= MAX_HEADS:
             self.heads.clear()
             self.cut_heads.clear()
@@ -194,7 +199,7 @@ class Shared:
     def start(self, headers: list[Header]) -> bytes:
         """Return how an answer with status 200 begins. uvicorn makes its own headers anew every second."""
         if headers is not self._headers:
-            self._start = STATUS_LINE[200] + lines_of(headers) + _JSON
+            self._start = STATUS_LINE[200] + lines_of(headers) + JSON_OF_BYTES
             self._headers = headers
         return self._start
 
@@ -256,6 +261,7 @@ class Exchange(Job):
         except Exception as error:
             self._broken(error)
         else:
+            self.draft = None  # the connection keeps its latest exchange, which shall not keep the rows
             self.protocol.answer(self, body)
 
     @override
@@ -276,14 +282,13 @@ class DirectProtocol(DrainingProtocol):
         super().__init__(*arguments, **named)
         self._shared = shared
         self._ready = True  # nothing is pending on this connection, and the parser is between two requests
-        self._between = True
         self._may_be_plain = False  # the request that the parser is at
         self._plan: Plan | None = None  # of the request whose body the parser is at
         self._pieces: list[bytes] = []
         self._head: bytes | None = None  # of the request that the parser is about to read
         self._held: bytearray | None = None  # a request with a known head, whose body is still arriving
         self._exchange: Exchange | None = None
-        self._answered_at = 0.0
+        self._claim: Claim | None = None  # of a large body, until its request is answered
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -328,7 +333,7 @@ class DirectProtocol(DrainingProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._may_be_plain = self._ready and not self.flow.write_paused
-        self._ready = self._between = False
+        self._ready = False
 
     @override
     def on_headers_complete(self) -> None:
@@ -343,21 +348,24 @@ class DirectProtocol(DrainingProtocol):
     def on_body(self, body: bytes) -> None:
         if self._plan is not None:
             self._pieces.append(body)
+            if self._plan.length > COUNTED_BYTES:
+                self._hold(len(body))
         else:
             super().on_body(body)
 
     @override
     def on_message_complete(self) -> None:
-        self._between = True
         plan = self._plan
         if plan is None:
             super().on_message_complete()
             self._settle()
             return
+        self._between = True
         body = b"".join(self._pieces)
         self._pieces.clear()
         self._plan = None
         if not self._begin(plan, body, plan.request_id):
+            self._release()
             super().on_headers_complete()
             self.cycle.body += body
             super().on_message_complete()
@@ -367,6 +375,8 @@ class DirectProtocol(DrainingProtocol):
         parser, shared = self.parser, self._shared
         match = PATH.match(self.url)
         if match is None or parser.get_method() != b"POST" or parser.get_http_version() != "1.1":
+            return None
+        if len(self.headers) > MAX_HEADERS:
             return None
         if self._stopping or not parser.should_keep_alive() or parser.should_upgrade():
             return None
@@ -395,6 +405,8 @@ class DirectProtocol(DrainingProtocol):
             return None
         if shared.hosts is not None and not shared.hosts.named(self.headers):
             return None
+        if length > COUNTED_BYTES and not predictor.pending.fits(length):
+            return None  # the application has a sentence for it
         if takes_gzip and length > SMALL_BODY_BYTES:
             return None  # its answer may be large, too: that is compressed on a thread
         try:
@@ -443,10 +455,26 @@ class DirectProtocol(DrainingProtocol):
             exchange.fail(error)
         return True
 
+    def _hold(self, size: int) -> None:
+        """Count so many bytes more of a large body; where there is no room for them, have the application refuse it."""
+        pending = self._shared.predictor.pending
+        if self._claim is None:
+            self._claim = Claim(pending)
+        if not self._claim.hold(self._claim.held + size):
+            scope: Any = self.scope
+            scope[REFUSAL] = Overloaded(pending.refusal(size))
+            self._forget()
+            super().on_headers_complete()
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+
     def answer(self, exchange: Exchange, body: bytes) -> None:
         """Send an answer with status 200."""
         start = self._shared.start(self.server_state.default_headers)
-        close = b"" if exchange.keep_alive else _CLOSE
+        close = b"" if exchange.keep_alive else CLOSE
         identity = (exchange.request_id or "").encode()
         if len(body) >= compression.MIN_BYTES and exchange.plan.takes_gzip and len(body) <= compression.THREAD_BYTES:
             body = compression.compress(body)
@@ -476,60 +504,76 @@ class DirectProtocol(DrainingProtocol):
         if record.trace is not None:
             record.trace.template = TEMPLATES[exchange.plan.name is not None]
 
-    def _error(self, status: int, body: bytes, headers: dict[str, str], request_id: str, keep_alive: bool) -> bytes:
-        own = [(b"x-request-id", request_id.encode())]
-        own += [(name.encode(), value.encode()) for name, value in headers.items()]
-        start = STATUS_LINE[status] + lines_of(self.server_state.default_headers) + _JSON
-        close = b"" if keep_alive else _CLOSE
-        return b"%b%d\r\n%b%b\r\n%b" % (start, len(body), lines_of(own), close, body)
-
     def _send(self, exchange: Exchange, answer: bytes) -> None:
         exchange.response_started = exchange.response_complete = True
         self._exchange = None
+        if self._claim is not None:
+            self._release()
         if exchange.disconnected:
             return
         self.transport.write(answer)
         if not exchange.keep_alive:
             self.transport.close()
-        if (
-            self._stopping
-            or self._broken
-            or self.pipeline
-            or self.flow.read_paused
-            or self.timeout_keep_alive_task is None
-        ):
+        if self._stopping or self._broken is not None or self.pipeline or self.flow.read_paused:
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1
-            self._answered_at = perf_counter()
             self._ready = self._between
 
     @override
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._answered_at = perf_counter()
         self._settle()
 
     def _settle(self) -> None:
         self._ready = (
             self._between
             and not self._stopping
-            and not self._broken
+            and self._broken is None
             and not self.pipeline
             and (self.cycle is None or self.cycle.response_complete)
         )
 
     @override
-    def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if it has been idle for so long: plain requests leave the alarm as it is."""
-        self.timeout_keep_alive_task = None
-        if not self._ready and (self._stopping or not self._is_silent()):
-            return  # a request is under way, whose answer sets the alarm again
-        left = self._answered_at + self.timeout_keep_alive - perf_counter()
-        if left > 0:
-            self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
-        else:
-            super().timeout_keep_alive_handler()
+    def state(self) -> State:
+        state = super().state()
+        if self._plan is None or state[0] in (Stage.CLOSING, Stage.UNREAD):
+            return state
+        return Stage.BODY, self.scope if self._held is None else self._held, 0
+
+    @override
+    def is_held_up(self) -> bool:
+        return self._plan is None and super().is_held_up()
+
+    @override
+    def _count(self, size: int) -> None:
+        if self._plan is None:
+            super()._count(size)
+
+    @override
+    def reject(self, error: RequestError) -> None:
+        super().reject(error)
+        self._forget()
+
+    @override
+    def _identity(self) -> str:
+        if self._plan is None:
+            return super()._identity()
+        return self._plan.request_id or new_request_id()
+
+    @override
+    def _tell(self, error: RequestError, status: int, identity: str) -> None:
+        scope: Any = {} if self._between or self.scope is None else self.scope
+        is_ours = self._plan is not None or ("path" in scope and predicted_model(scope)[0])
+        record = Record("predict" if is_ours else ROUTES.get(scope.get("path"), "other"), identity)
+        record.code = error.code
+        self._shared.observer.tell(record, status)
+
+    def _forget(self) -> None:
+        """Let go of a request whose body is still arriving."""
+        self._held = self._plan = None
+        self._pieces.clear()
+        self._release()
 
     @override
     def shutdown(self) -> None:
@@ -544,10 +588,10 @@ class DirectProtocol(DrainingProtocol):
             held, self._held, self._plan = self._held, None, None
             super().data_received(bytes(held))
         elif self._plan is not None:
-            self._plan = None
+            body = b"".join(self._pieces)
+            self._forget()
             super().on_headers_complete()
-            super().on_body(b"".join(self._pieces))
-            self._pieces.clear()
+            super().on_body(body)
 
     @override
     def give_up(self) -> None:
@@ -566,6 +610,7 @@ class DirectProtocol(DrainingProtocol):
             self._exchange.awaited = False  # nobody is there to read it: it takes no one's place in the queue
             self._exchange.disconnected = True
             self._exchange = None
+        self._release()
         super().connection_lost(exc)
         self._ready = False
 

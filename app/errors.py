@@ -35,7 +35,7 @@ DisklessError
 │   ├── UnusableKey            the private key cannot be read or written
 │   └── UnusableExamples
 └── RequestError               one caller's request cannot be answered; `code` is what the wire says
-    ├── InvalidJson, InvalidRequest, InvalidInput, RequestTooLarge
+    ├── InvalidJson, InvalidRequest, InvalidInput, RequestTooLarge, HeadersTooLarge, RequestTimeout
     ├── Unauthorized, Forbidden
     ├── ModelNotFound, ModelNotReady, BucketUnreadable
     ├── UnsupportedEncoding
@@ -264,6 +264,18 @@ class RequestTooLarge(RequestError):
     code = "request_too_large"
 
 
+class HeadersTooLarge(RequestError):
+    """More headers, or longer ones, than one request may bring."""
+
+    code = "headers_too_large"
+
+
+class RequestTimeout(RequestError):
+    """The request did not arrive in time."""
+
+    code = "request_timeout"
+
+
 class Unauthorized(RequestError):
     """No key, or none that is known."""
 
@@ -306,7 +318,7 @@ class BucketUnreadable(RequestError):
 
 
 class Overloaded(RequestError):
-    """The model's queue is full."""
+    """There is no room for the request: in the model's queue, in memory, or among the connections."""
 
     code = "overloaded"
     retry_after_seconds = 1

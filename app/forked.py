@@ -24,6 +24,7 @@ from app.spans import Span
 if TYPE_CHECKING:
     import uvicorn
 
+    from app.limits import Limits
     from app.registry import Registry
     from app.tracing import Exporter
     from app.view import View
@@ -42,10 +43,11 @@ class WorkerServer(DrainingServer):
         view: View,
         channel: Channel,
         *,
+        limits: Limits,
         drain_seconds: float,
         exporter: Exporter | None = None,
     ) -> None:
-        super().__init__(config, registry, drain_seconds=drain_seconds)
+        super().__init__(config, registry, limits=limits, drain_seconds=drain_seconds)
         self._exporter = exporter
         self._view = view
         self._channel = channel
@@ -137,9 +139,9 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
     return asdict(outcome)
 
 
-def prepared(app: Any, *, keep_alive_seconds: int) -> uvicorn.Config:
+def prepared(app: Any) -> uvicorn.Config:
     """Return the server's configuration with all that serving imports: made before the fork, the workers share it."""
-    config = configuration(app, keep_alive_seconds=keep_alive_seconds, http=protocol_for(app))
+    config = configuration(app, protocol_for(app))
     config.load()
     config.get_loop_factory()
     return config
@@ -152,6 +154,7 @@ def serve(
     sock: socket.socket,
     channel: Channel,
     *,
+    limits: Limits,
     drain_seconds: int,
     exporter: Exporter | None = None,
 ) -> None:
@@ -161,7 +164,9 @@ def serve(
     """
 
     async def run() -> None:
-        server = WorkerServer(config, registry, view, channel, drain_seconds=drain_seconds, exporter=exporter)
+        server = WorkerServer(
+            config, registry, view, channel, limits=limits, drain_seconds=drain_seconds, exporter=exporter
+        )
         await server.serve(sockets=[sock])
 
     asyncio.run(run(), loop_factory=config.get_loop_factory())

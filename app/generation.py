@@ -130,7 +130,7 @@ class Line:
         collector = collector_for(settings, self._registry, self._view, self._service, access)
         asyncio.run(exposed(collector.samples(collector.figures()), ""))  # what it imports and makes, the workers share
         self._service.cells = tally.service_cells(tally.looking_seat)
-        self._config = prepared(app, keep_alive_seconds=settings.keep_alive_seconds)
+        self._config = prepared(app)
         # by version, and what the bucket wanted under it
         self._ledger = Ledger[tuple[ModelRef, str | None]](tally)
         self._children: dict[int, _Child] = {}  # by pidfd
@@ -423,6 +423,7 @@ class Line:
                 self._view,
                 self._sock,
                 self._channel,
+                limits=self._settings.limits,
                 drain_seconds=self._settings.drain_seconds,
                 exporter=self._exporter,
             )

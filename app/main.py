@@ -167,6 +167,7 @@ def assemble(
         _observer(settings, service, exporter),
         max_body_bytes=settings.max_body_bytes,
         max_rows=settings.max_rows,
+        max_pending_bytes=max(settings.max_pending_bytes, settings.max_body_bytes),
     )
     api.add_middleware(GZipMiddleware, minimum_size=compression.MIN_BYTES, compresslevel=compression.LEVEL)
     api.include_router(openapi.router(predictor))

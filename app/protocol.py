@@ -3,18 +3,23 @@
 uvicorn closes a connection that it takes for idle when it is told to stop, even while a request is on its way in it.
 Here such a connection is answered once more, with `Connection: close`, or closed when it stays silent. What is not
 answered when the time for that is over gets a 503 that says so.
+
+Nor does uvicorn limit what a connection may cost. Here it has limits in time (`connections.py`), in what its heads may be,
+and in how many requests it may send without waiting for their answers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import select
 import signal
 import socket
 import sys
+import termios
 import threading
 from collections.abc import Generator
 from functools import partial
@@ -27,6 +32,9 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.api.headers import SAFE_JSON, lines_of
+from app.connections import SWEEP_SECONDS, UNREAD_BYTES, Connections, Stage, State, Watch
+from app.errors import HeadersTooLarge, InvalidRequest, RequestError
+from app.limits import Limits
 
 if TYPE_CHECKING:
     from app.registry import Registry
@@ -35,8 +43,15 @@ logger = logging.getLogger("diskless.server")
 LINGER_SECONDS = 1.0  # how long a silent connection is kept open after the signal to stop
 POLL_SECONDS = 0.02
 LAST_WORDS_SECONDS = 0.5  # for the answers to what was given up
+SPARE_FILES = 4  # with fewer left that the process could open, it accepts no connection
 EXIT_SECONDS = 3.0  # beyond the drain; then the process ends whatever a model's thread is still computing
+MAX_HEAD_BYTES = 64 * 1024  # of a head that comes in pieces; what comes at once is bounded by what is read at once
+MAX_HEADERS = 128
+MAX_PIPELINED = 32  # requests that are read before the first of them is answered
+MANY_BYTES = 2048  # of less it is not looked how many requests they are
 GARBAGE = "expected a request of HTTP/1.1, got bytes that are none"
+JSON_OF_BYTES = lines_of(SAFE_JSON) + b"content-length: "
+CLOSE = b"connection: close\r\n"
 STOPPING = b'{"error":"model_not_ready","detail":"the service stopped before it could answer: try again"}'
 
 
@@ -54,23 +69,34 @@ class _Flow(FlowControl):
     @override
     def resume_reading(self) -> None:
         protocol = self._protocol
+        if protocol._later:
+            return
         if not protocol.pipeline or protocol._stopping or protocol._broken:
             super().resume_reading()
 
 
 class DrainingProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, with an orderly end for connections that are kept alive."""
+    """uvicorn's HTTP protocol, with limits, and with an orderly end for connections that are kept alive."""
+
+    server_state: Connections
 
     _stopping = False
-    _broken = False  # what came behind the latest request was no HTTP
+    _broken: RequestError | None = None  # why nothing is read any more; to be told when what came before is answered
     _offer: bytes | None = None  # the head of a request that offers another protocol, without the offer
     _last: RequestResponseCycle | None = None  # the request whose answer is to say that the connection closes
+    _later = b""  # what has arrived, and is not read before what came before it is answered
+    _running: RequestResponseCycle | None = None  # the latest that the application was given
+    _between = True  # the parser is between two requests
+    _idle_bytes = 0  # of a head, or of a body's framing since there was a piece of it; -1: there was one just now
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin with a connection."""
         super().connection_made(transport)
         self.flow = _Flow(transport, self)
+        self.watch = Watch()
+        if len(self.connections) > self.server_state.most:
+            self.server_state.make_room(self)
 
     @override
     def shutdown(self) -> None:
@@ -78,7 +104,9 @@ class DrainingProtocol(HttpToolsProtocol):
         self._stopping = True
         if self.cycle is None or self.cycle.response_complete:
             self.loop.call_later(LINGER_SECONDS, self._close_if_silent)
-        elif not self.cycle.response_started:  # else its headers have promised that the connection goes on
+        elif self.cycle.response_started or self._later:
+            return  # its headers have promised that the connection goes on, or another request is here already
+        else:
             self._close_after(self.cycle)
 
     @override
@@ -87,9 +115,12 @@ class DrainingProtocol(HttpToolsProtocol):
 
         The parser drops the body of a request with such an offer, so the request is parsed once more without it.
         """
-        if self._broken:
+        if self._broken is not None:
             return
-        self._unset_keepalive_if_required()
+        if len(data) > MANY_BYTES and (end := _end_of_first(data)) < len(data):
+            data, self._later = data[:end], data[end:] + self._later
+            self.flow.pause_reading()
+            self.loop.call_soon(self._go_on)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
@@ -97,54 +128,164 @@ class DrainingProtocol(HttpToolsProtocol):
                 head, self._offer = self._offer, None
                 self.parser = httptools.HttpRequestParser(self)
                 self.data_received(head + data[offer.args[0] :])
-        except httptools.HttpParserError:
-            if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
-                self.send_400_response(GARBAGE)
-            else:  # what came whole before it is answered first
-                self._broken = True
-                self.flow.resume_reading()  # to drop what comes behind: closed before, the connection would take answers along
+        except httptools.HttpParserError as error:
+            cause = error.__context__  # what a callback has raised
+            self._refuse_rest(cause if isinstance(cause, RequestError) else InvalidRequest(GARBAGE))
+        else:
+            if not self._between:
+                self._count(len(data))
+
+    def _go_on(self) -> None:
+        """Read what was left for later, if that is now."""
+        cycle = self.cycle
+        is_free = not self.pipeline and (cycle is None or cycle.response_complete or cycle.more_body)
+        if self._later and is_free and not self.transport.is_closing():
+            data, self._later = self._later, b""
+            self.flow.resume_reading()
+            self.data_received(data)
+
+    def _count(self, size: int) -> None:
+        """Count what has arrived of a head, or between the pieces of a body: that much is kept of it, and more."""
+        if self._idle_bytes < 0:
+            self._idle_bytes = 0
+            return
+        self._idle_bytes += size
+        if self._idle_bytes > MAX_HEAD_BYTES:
+            self._refuse_rest(HeadersTooLarge(f"expected headers of at most {MAX_HEAD_BYTES} bytes, got more"))
+        elif len(self.headers) > MAX_HEADERS:
+            self._refuse_rest(_too_many_headers())
+
+    def _refuse_rest(self, error: RequestError) -> None:
+        """Refuse what is at hand, and read nothing behind it. What came whole before it is answered first."""
+        if not self.pipeline and (self.cycle is None or self.cycle.response_complete or self.cycle.more_body):
+            self.reject(error)
+        else:
+            self._broken = error
+            self._later = b""
+            self.flow.resume_reading()  # to drop what comes behind: closed before, the connection would take answers along
+
+    @override
+    def on_message_begin(self) -> None:
+        """Begin with a head."""
+        super().on_message_begin()
+        self._between = False
+        self._idle_bytes = 0
 
     @override
     def on_headers_complete(self) -> None:
         """Start a request; once stopping, its answer says that the connection closes."""
+        if len(self.headers) > MAX_HEADERS:
+            raise _too_many_headers()
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._offer = self._head_without_offer()
             return
+        self._idle_bytes = -1
         before = self.cycle
         super().on_headers_complete()
-        if self._stopping and self.cycle is not before:
+        if self._stopping and self.cycle is not before and not self._later:
             if before is not None and before is self._last and not before.response_started:
                 before.keep_alive = True  # this one was sent behind it without waiting: it is owed an answer, too
             self._close_after(self.cycle)
 
     @override
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body. One whose request is being answered already is not read any more by our application."""
+        self._idle_bytes = -1
+        if not self.cycle.response_started:
+            super().on_body(body)
+
+    @override
     def on_response_complete(self) -> None:
-        """Go on with the connection; once stopping, see to it that it ends even if nothing more comes."""
-        super().on_response_complete()
+        """Go on with the connection; once stopping, see to it that it ends even if nothing more comes.
+
+        Unlike uvicorn's it sets no alarm: `Connections.sweep` closes what stays idle.
+        """
+        self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        if self._broken and self.cycle.response_complete:
-            self.send_400_response(GARBAGE)
-        elif self._stopping:
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            if self._broken is not None and cycle.more_body:  # its rest was refused, and all before it is answered
+                self.reject(self._broken)
+            else:
+                self._start_asgi_task(cycle, app)
+        elif self._broken is not None:
+            self.reject(self._broken)
+        if self._later:
+            self.loop.call_soon(self._go_on)
+        if self._stopping:
             self.loop.call_later(LINGER_SECONDS, self._close_if_silent)
 
     @override
     def on_message_complete(self) -> None:
         """End a request's body, unless the request is to be parsed once more."""
+        self._between = True
         if self._offer is None:
             super().on_message_complete()
 
-    @override
-    def send_400_response(self, msg: str) -> None:
-        """Say what is wrong with what came, in the form that every error has, and close."""
-        from app.api.predict import new_request_id  # as below
+    # What `Connections` asks
 
-        body = b'{"error":"invalid_request","detail":"%b"}' % msg.encode("ascii")
-        identity = new_request_id().encode()
-        own = ((b"content-length", b"%d" % len(body)), (b"connection", b"close"), (b"x-request-id", identity))
-        head = lines_of((*self.server_state.default_headers, *SAFE_JSON, *own))
-        self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[400], head, body))
+    def state(self) -> State:
+        """Return what the connection is at."""
+        cycle = self.cycle
+        unread = self.transport.get_write_buffer_size()
+        if unread:
+            unread += _in_kernel(self.transport)
+        if self.transport.is_closing():
+            return Stage.CLOSING, None, unread // UNREAD_BYTES
+        if unread:
+            return Stage.UNREAD, cycle, unread // UNREAD_BYTES
+        if self.pipeline or (cycle is not None and not cycle.response_complete and not cycle.more_body):
+            return Stage.ANSWERING, cycle, 0
+        if self._between:
+            return (Stage.NEW if cycle is None else Stage.IDLE), cycle, 0
+        if cycle is None or cycle.scope is not self.scope:
+            return Stage.HEAD, self.scope, 0
+        return Stage.BODY, cycle, 0
+
+    def is_held_up(self) -> bool:
+        """Whether the application has not asked for what has not arrived of a body."""
+        return self.flow.read_paused or getattr(self.cycle, "waiting_for_100_continue", False)
+
+    def has_arrived(self) -> bool:
+        """Whether the kernel has something that was not read yet."""
+        return _readable(self.transport)
+
+    def reject(self, error: RequestError) -> None:
+        """Answer the request of which a part is here with an error, if it is not answered already, and close."""
+        from app.api import errors  # with everything that answers, which need not be here to listen
+
+        self._broken = error
+        cycle = self.cycle
+        is_begun = cycle is not None and not self._between and cycle.scope is self.scope
+        if is_begun and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if not (is_begun and cycle.response_started):
+            status, body, headers = errors.encode(error)
+            identity = self._identity()
+            self.transport.write(self._error(status, body, headers, identity, keep_alive=False))
+            self._tell(error, status, identity)
         self.transport.close()
+
+    def _tell(self, error: RequestError, status: int, identity: str) -> None:
+        """Take note of an error that was sent."""
+
+    def _identity(self) -> str:
+        """Return the id of the request of which a part is here: the caller's, if that part has it."""
+        from app.api.predict import new_request_id, request_id
+
+        scope: Any = self.scope
+        return new_request_id() if self._between else request_id(scope)
+
+    def _error(self, status: int, body: bytes, headers: dict[str, str], request_id: str, keep_alive: bool) -> bytes:
+        """Return an answer that is an error, as it is sent."""
+        own = [(b"x-request-id", request_id.encode())]
+        own += [(name.encode(), value.encode()) for name, value in headers.items()]
+        start = STATUS_LINE[status] + lines_of(self.server_state.default_headers) + JSON_OF_BYTES
+        close = b"" if keep_alive else CLOSE
+        return b"%b%d\r\n%b%b\r\n%b" % (start, len(body), lines_of(own), close, body)
 
     def _head_without_offer(self) -> bytes:
         kept = [(name, value) for name, value in self.headers if name not in (b"connection", b"upgrade")]
@@ -163,7 +304,7 @@ class DrainingProtocol(HttpToolsProtocol):
 
     def _is_silent(self) -> bool:
         """Whether no request is being answered, nor has begun to arrive: its own end would close the connection."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._later or (self.cycle is not None and not self.cycle.response_complete):
             return False
         return self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope)
 
@@ -176,8 +317,33 @@ class DrainingProtocol(HttpToolsProtocol):
             self.transport.close()
 
     @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the application whose answer nobody takes any more. uvicorn tells the one of the latest request."""
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
         super()._start_asgi_task(cycle, partial(_answered, cycle, app))
+
+
+def _end_of_first(data: bytes) -> int:
+    """Return a place in the data before which no more than `MAX_PIPELINED` requests are. Each has an empty line, and another."""
+    if data.count(b"\n") <= 2 * MAX_PIPELINED:
+        return len(data)
+    end = 0
+    for _ in range(MAX_PIPELINED):
+        end = data.find(b"\n\r\n", end) + 3
+        if end < 3:
+            return len(data)
+    return end
+
+
+def _too_many_headers() -> RequestError:
+    return HeadersTooLarge(f"expected at most {MAX_HEADERS} headers, got more")
 
 
 async def _answered(cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any) -> None:
@@ -208,6 +374,15 @@ def _ignore(*numbers: signal.Signals) -> None:
     sys.unraisablehook = hook
 
 
+def _in_kernel(transport: asyncio.BaseTransport) -> int:
+    """Return how many bytes the kernel has taken and the other side has not: it may be some MB, and it takes more by the MB."""
+    with contextlib.suppress(OSError):  # closed meanwhile, or a system that does not tell
+        return int.from_bytes(
+            fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder
+        )
+    return 0
+
+
 def _readable(transport: asyncio.BaseTransport) -> bool:
     poll = select.poll()
     poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
@@ -217,10 +392,14 @@ def _readable(transport: asyncio.BaseTransport) -> bool:
 class DrainingServer(uvicorn.Server):
     """uvicorn's server: not ready from the first signal on, any number of signals, exit code 0."""
 
-    def __init__(self, config: uvicorn.Config, registry: Registry, *, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, registry: Registry, *, limits: Limits, drain_seconds: float) -> None:
         super().__init__(config)
+        self.connections = self.server_state = Connections(limits)
         self._registry = registry
         self._drain_seconds = drain_seconds
+        self._listening: list[
+            tuple[socket.socket, socket.socket]
+        ] = []  # each, and its duplicate, which is the event loop's
 
     @override
     @contextlib.contextmanager
@@ -247,15 +426,49 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     @override
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and to look after the connections."""
+        self._listening = [(sock, sock.dup()) for sock in sockets or ()]
+        await super().startup([duplicate for _, duplicate in self._listening])
+        self._caretaker = asyncio.create_task(self._look_after_connections())
+
+    async def _look_after_connections(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                self.connections.sweep()
+                await self._mind_the_files()
+            except Exception:
+                logger.exception("the connections could not be looked after")
+
+    async def _mind_the_files(self) -> None:
+        """Accept connections as long as files can be opened for them; without one, the event loop would try without a pause."""
+        for place, (sock, duplicate) in enumerate(self._listening):
+            is_accepting = duplicate.fileno() >= 0
+            if self.should_exit or is_accepting == _can_open(SPARE_FILES if is_accepting else 2 * SPARE_FILES):
+                continue
+            self.servers[place].close()  # callers wait: the socket itself stays open
+            if is_accepting:
+                logger.error("no more files can be opened: no connection is accepted until some are closed")
+                continue
+            again = sock.dup()
+            self._listening[place] = sock, again
+            self.servers[place] = await asyncio.get_running_loop().create_server(
+                self._protocol, sock=again, backlog=self.config.backlog
+            )
+            logger.warning("connections are accepted again")
+
+    @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop to listen, answer everything that was accepted, and end the application."""
         logger.info("stopping")
         waiting = [connection for sock in sockets or () for connection in _accept_all(sock)]
         for server in self.servers:
             server.close()
-        for sock in sockets or ():
+        for sock, _ in self._listening:
             sock.close()
         loop = asyncio.get_running_loop()
+        self.connections.most = sys.maxsize  # no others will come, and these were accepted
         for connection in waiting:
             await loop.connect_accepted_socket(self._protocol, connection)
         for protocol in list(self.server_state.connections):
@@ -267,6 +480,7 @@ class DrainingServer(uvicorn.Server):
             for protocol in list(self.server_state.connections):
                 protocol.give_up()  # type: ignore[union-attr]  # ours, as `configuration` says
             await self._idle_within(LAST_WORDS_SECONDS)
+        self._caretaker.cancel()
         await self.lifespan.shutdown()
         logger.info("stopped")
 
@@ -284,6 +498,20 @@ class DrainingServer(uvicorn.Server):
                 while self.server_state.connections or self.server_state.tasks:
                     await asyncio.sleep(POLL_SECONDS)
         return not (self.server_state.connections or self.server_state.tasks)
+
+
+def _can_open(count: int) -> bool:
+    """Whether the process may open so many files more."""
+    opened: list[int] = []
+    try:
+        for _ in range(count):
+            opened.append(os.open("/", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    finally:
+        for file in opened:
+            os.close(file)
+    return True
 
 
 def _accept_all(sock: socket.socket) -> list[socket.socket]:
@@ -305,7 +533,7 @@ def _end_process_after(seconds: float) -> None:
     timer.start()
 
 
-def configuration(app: Any, *, keep_alive_seconds: int, http: Any = DrainingProtocol) -> uvicorn.Config:
+def configuration(app: Any, http: Any = DrainingProtocol) -> uvicorn.Config:
     """Return uvicorn's configuration. Nothing of it is left to uvicorn's own variables."""
     return uvicorn.Config(
         app,
@@ -318,7 +546,6 @@ def configuration(app: Any, *, keep_alive_seconds: int, http: Any = DrainingProt
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=keep_alive_seconds,
     )
 
 
@@ -327,7 +554,7 @@ def serve(
     registry: Registry,
     sock: socket.socket,
     *,
-    keep_alive_seconds: int,
+    limits: Limits,
     drain_seconds: int,
     http: Any = DrainingProtocol,
 ) -> None:
@@ -335,6 +562,6 @@ def serve(
 
     `http` makes the protocols of connections.
     """
-    config = configuration(app, keep_alive_seconds=keep_alive_seconds, http=http)
-    server = DrainingServer(config, registry, drain_seconds=drain_seconds)
+    config = configuration(app, http)
+    server = DrainingServer(config, registry, limits=limits, drain_seconds=drain_seconds)
     asyncio.run(server.serve(sockets=[sock]), loop_factory=config.get_loop_factory())

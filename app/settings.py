@@ -35,6 +35,7 @@ from pydantic_settings import (
 
 from app import keys, seal
 from app.errors import InvalidName, SettingsError
+from app.limits import Limits
 from app.names import COMPANION_ROLES, check_name
 from app.rates import Rate
 from app.trust import Trust
@@ -351,6 +352,42 @@ class Settings(BaseSettings):
         description="from a request's last byte to its answer; a shorter `X-Request-Timeout` holds",
     )
 
+    # Connections
+    header_timeout_seconds: float = _env(
+        "ML_HEADER_TIMEOUT_SECONDS",
+        default=10.0,
+        ge=1,
+        le=600,
+        description="from the first byte of a request's head to its last; a connection that sends nothing is kept as long",
+    )
+    body_timeout_seconds: float = _env(
+        "ML_BODY_TIMEOUT_SECONDS",
+        default=20.0,
+        ge=1,
+        le=3600,
+        description="from the end of a request's head to the end of its body; a client that reads nothing is kept as long",
+    )
+    keep_alive_seconds: int = _env(
+        "ML_KEEP_ALIVE_SECONDS",
+        default=95,
+        ge=1,
+        le=86400,
+        description="idle connections are kept so long; Heroku's router keeps its own for 90",
+    )
+    max_connections: int = _env(
+        "ML_MAX_CONNECTIONS",
+        default=1000,
+        ge=1,
+        le=100_000,
+        description="most connections of a worker; above, those go that have been idle longest",
+    )
+    max_pending_bytes: int = _env(
+        "ML_MAX_PENDING_BYTES",
+        default=64 * 1024 * 1024,
+        ge=1024,
+        description="most bytes of large bodies that a worker holds at the same time, and never less than `ML_MAX_BODY_BYTES`",
+    )
+
     # Browsers and hosts
     cors_origins: Origins = _env(
         "ML_CORS_ORIGINS",
@@ -374,13 +411,6 @@ class Settings(BaseSettings):
     )
     host: str = _env("HOST", default="", description="address to listen on; unset: all, IPv4 and IPv6")
     port: int = _env("PORT", default=8000, ge=0, le=65535, description="port to listen on")
-    keep_alive_seconds: int = _env(
-        "ML_KEEP_ALIVE_SECONDS",
-        default=95,
-        ge=1,
-        le=86400,
-        description="idle connections are kept so long; Heroku's router keeps its own for 90",
-    )
     drain_seconds: int = _env(
         "ML_DRAIN_SECONDS", default=25, ge=1, le=3600, description="after `SIGTERM`, for what is in flight"
     )
@@ -533,6 +563,16 @@ class Settings(BaseSettings):
             require_seal=self.require_seal,
             version_policy=self.version_policy,
             memory_limit_bytes=self.memory_limit_bytes,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """What connections may take."""
+        return Limits(
+            header_timeout_seconds=self.header_timeout_seconds,
+            body_timeout_seconds=self.body_timeout_seconds,
+            keep_alive_seconds=self.keep_alive_seconds,
+            max_connections=self.max_connections,
         )
 
     @property

@@ -88,7 +88,9 @@ def predicting(model: Model, costs: Any) -> Iterator[Predictor]:
     slot = Slot(model.ref, runner=runner, state=State.READY)
     registry.swap(Snapshot({"a": Entry({"1": slot}, {"production": "1"}, {"production": "1"})}))
     try:
-        yield Predictor(registry, Access(), Observer(), max_body_bytes=1 << 20, max_rows=1000)
+        yield Predictor(
+            registry, Access(), Observer(), max_body_bytes=1 << 20, max_rows=1000, max_pending_bytes=1 << 20
+        )
     finally:
         runner.close()
 

@@ -23,11 +23,12 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from uvicorn.server import ServerState
 
 from app.api.predict import Predictor
 from app.auth import Access
+from app.connections import Connections
 from app.direct import DirectProtocol, Shared
+from app.limits import Limits
 from app.model_storage import ModelStorageManager
 from app.observer import Observer
 from app.protocol import configuration
@@ -335,6 +336,19 @@ async def test_both_give_the_same_answer_first_and_again_and_in_pieces_and_in_a_
         assert difference is None, difference
 
 
+@pytest.mark.parametrize("seed", range(8))
+async def test_both_answer_hundreds_in_a_row(pair, seed):
+    chosen = random.Random(seed)
+    blank = body(model="sum", instances=[[1, 2, 3]]).replace(b" ", b"\r\n\r\n")  # its empty lines end no head
+    last = post(blank + b"\r\n\r\n" * 200)
+    kinds = [GOOD["plain"], GOOD["request id"], GOOD["chunked"], BAD["get"], post(blank), last]
+    sent = b"".join(chosen.choices(kinds, k=400)) + END
+    one, other = [await talk(service, [sent], PATIENCE_SECONDS) for service in pair]
+
+    assert one == other
+    assert one[0].count(b"HTTP/1.1 ") == 401
+
+
 @pytest.mark.parametrize("name", ENDS)
 async def test_both_end_a_connection_in_the_same_way(pair, name):
     plain = GOOD["plain"]
@@ -640,7 +654,7 @@ async def test_hundreds_of_connections_get_their_own_answers(pair):
 @pytest.mark.parametrize("command", [COMMAND, AS_ASGI])
 async def test_a_connection_is_not_kept_for_the_rest_of_a_request_that_was_answered(command, tmp_path):
     unread = b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
-    environment = {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(tmp_path), "ML_KEEP_ALIVE_SECONDS": "1"}
+    environment = {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(tmp_path), "ML_BODY_TIMEOUT_SECONDS": "1"}
     with running(environment, command=command) as service:
         service.wait_live()
         async with connected("127.0.0.1", service.port) as (reader, writer):
@@ -699,10 +713,11 @@ async def test_a_head_is_read_as_it_is_however_much_of_it_is_known(pair, name):
 
 @pytest.mark.parametrize("header", [b"User-Agent: x", b"Authorization: Bearer a-secret", b"X-Api-Key: a-secret"])
 async def test_of_heads_only_hashes_are_kept(header):
-    shared = Shared(Predictor(Registry(), Access(), Observer(), max_body_bytes=100, max_rows=10))
-    config = configuration(_nothing, keep_alive_seconds=5)
+    predictor = Predictor(Registry(), Access(), Observer(), max_body_bytes=100, max_rows=10, max_pending_bytes=100)
+    shared = Shared(predictor)
+    config = configuration(_nothing)
     config.load()
-    state = ServerState()
+    state = Connections(Limits(10, 20, 95, 1000))
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
         lambda: DirectProtocol(shared, config=config, server_state=state, app_state={}), "127.0.0.1", 0

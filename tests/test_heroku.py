@@ -272,7 +272,9 @@ def test_every_request_that_was_sent_is_answered(start, signals):
     assert [json.loads(line)["event"] for line in service.log().splitlines()][-1] == "stopped"
 
 
-def test_what_never_ends_does_not_hold_up_the_end(start):
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("signals", [sigterm, sigterm_five_times], ids=lambda it: it.__name__)
+def test_what_never_ends_does_not_hold_up_the_end(start, signals, workers):
     unfinished = {
         "body": b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Request-ID: half\r\nContent-Length: 100\r\n\r\n{",
         "head": b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Le",
@@ -293,11 +295,12 @@ def test_what_never_ends_does_not_hold_up_the_end(start):
             live, writer = await stack.enter_async_context(connected("127.0.0.1", service.port))
             writer.write(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             await live.read()  # the others were sent before, so they have arrived
-            service.process.terminate()
+            signals(service)
             return {name: await reader.read() for name, reader in readers.items()}
 
-    service = start(ML_DRAIN_SECONDS="1").wait_ready()
-    service.wait_for(through_with_its_start, "through with its start")
+    service = start(ML_DRAIN_SECONDS="1", WEB_CONCURRENCY=workers).wait_ready()
+    if workers == "2":
+        service.wait_for(through_with_its_start, "through with its start")
     answers = asyncio.run(ask(service))
 
     assert exit_code(service, 20) == 0

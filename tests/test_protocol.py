@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from app import protocol
+from app.limits import Limits
 from app.listening import listen
-from app.protocol import DrainingProtocol, DrainingServer, configuration
+from app.protocol import DrainingServer, configuration
 from app.registry import Registry
 from app.settings import Settings
 from tests.service import connected
 
+LIMITS = Limits(header_timeout_seconds=60, body_timeout_seconds=60, keep_alive_seconds=95, max_connections=1000)
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -55,9 +57,9 @@ class Application:
 @contextlib.asynccontextmanager
 async def served(app: Application, drain_seconds: float = 30) -> AsyncIterator[tuple[DrainingServer, socket.socket]]:
     """Serve without signals; `await server.shutdown([sock])` is for the test."""
-    config = configuration(app, keep_alive_seconds=95)
+    config = configuration(app)
     config.load()
-    server = DrainingServer(config, Registry(), drain_seconds=drain_seconds)
+    server = DrainingServer(config, Registry(), limits=LIMITS, drain_seconds=drain_seconds)
     server.lifespan = config.lifespan_class(config)
     with listen("127.0.0.1", 0) as sock:
         await server.startup([sock])
@@ -91,15 +93,11 @@ def _impatient(monkeypatch):
     monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
 
 
-def test_idle_connections_are_kept_longer_than_the_router_keeps_them(monkeypatch):
+def test_by_default_idle_connections_are_kept_longer_than_the_router_keeps_them(monkeypatch):
     monkeypatch.setenv("WEB_CONCURRENCY", "2")
-    config = configuration(Application, keep_alive_seconds=Settings.model_fields["keep_alive_seconds"].default)
-    server = DrainingServer(config, Registry(), drain_seconds=1)
-    with contextlib.closing(asyncio.new_event_loop()) as loop:
-        connection = DrainingProtocol(config, server.server_state, {}, loop)
 
-        assert connection.timeout_keep_alive == 95
-    assert config.workers == 1
+    assert Settings.model_fields["keep_alive_seconds"].default == 95
+    assert configuration(Application).workers == 1
 
 
 async def test_what_waits_to_be_accepted_is_answered():
@@ -110,6 +108,17 @@ async def test_what_waits_to_be_accepted_is_answered():
             await server.shutdown([sock])
 
             assert answers(connection.recv(65536)) == [("/early", True)]
+
+
+async def test_whatever_waits_to_be_accepted_is_answered_however_many_that_is():
+    async with served(Application()) as (server, sock), contextlib.AsyncExitStack() as stack:
+        server.connections.most = 1
+        waiting = [stack.enter_context(socket.create_connection(sock.getsockname())) for _ in range(5)]
+        for connection in waiting:
+            connection.sendall(GET % b"early")
+        await server.shutdown([sock])
+
+        assert [answers(connection.recv(65536))[0][0] for connection in waiting] == ["/early"] * 5
 
 
 async def test_what_arrives_after_the_signal_is_answered_once_more():
@@ -198,6 +207,26 @@ async def test_nothing_more_is_read_while_requests_wait_for_their_turn():
         await server.shutdown([sock])
 
 
+@pytest.mark.parametrize("stopping", [False, True])
+async def test_of_many_requests_at_once_only_some_are_read_before_others_are_answered(stopping):
+    app = Application(held=True)
+    async with served(app) as (server, sock), connected(*sock.getsockname()) as (reader, writer):
+        writer.write(b"".join(GET % b"%d" % number for number in range(2000)))
+        await until(lambda: app.begun)
+        (connection,) = server.server_state.connections
+        assert 0 < len(connection.pipeline) <= protocol.MAX_PIPELINED
+        end = asyncio.create_task(server.shutdown([sock])) if stopping else None
+        app.go.set()
+        received = b""
+        while b"/1999" not in received[-100:]:
+            received += await reader.read(65536)
+            assert len(connection.pipeline) <= protocol.MAX_PIPELINED
+
+        assert [path for path, _ in answers(received)] == [f"/{number}" for number in range(2000)]
+        await (end or server.shutdown([sock]))
+        assert [number for number, (_, closes) in enumerate(answers(received)) if closes] == [1999] * stopping
+
+
 async def test_an_answer_that_has_begun_keeps_the_promise_of_its_headers():
     app = Application()
     app.between.clear()
@@ -281,7 +310,8 @@ async def test_a_request_before_garbage_is_answered_before_the_garbage():
         good, _, bad = received.partition(b"HTTP/1.1 400 ")
 
         assert answers(good) == [("/1", False), ("/2", False)]
-        assert b"expected a request of HTTP/1.1" in bad
+        assert json.loads(bad.partition(b"\r\n\r\n")[2]) == {"error": "invalid_request", "detail": protocol.GARBAGE}
+        assert b"\r\nx-request-id: " in bad
         await server.shutdown([sock])
 
 

@@ -492,7 +492,7 @@ def test_every_error_has_a_status_of_its_own_code():
 def test_the_table_of_errors(kind):
     expected = {
         "invalid_json": 400, "invalid_request": 400, "unauthorized": 401, "forbidden": 403, "model_not_found": 404,
-        "request_too_large": 413, "invalid_input": 422, "overloaded": 429, "prediction_failed": 500,
+        "request_timeout": 408, "request_too_large": 413, "headers_too_large": 431, "invalid_input": 422, "overloaded": 429, "prediction_failed": 500,
         "model_not_ready": 503, "prediction_timeout": 504, "request_failed": 500, "bucket_unreadable": 503,
         "unsupported_encoding": 415, "rate_limited": 429,
     }  # fmt: skip
@@ -749,7 +749,7 @@ def test_openapi_describes_the_errors_that_are_sent(document):
 
     assert schema["required"] == ["error", "detail"]
     assert set(schema["properties"]) == {"error", "detail", "violations"}
-    assert set(responses) == {"200", "400", "404", "413", "415", "422", "429", "500", "503", "504"}
+    assert set(responses) == {"200", "400", "404", "408", "413", "415", "422", "429", "431", "500", "503", "504"}
     for status in set(responses) - {"200"}:
         assert responses[status]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
 

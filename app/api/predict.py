@@ -22,8 +22,17 @@ from app import log
 from app.api import compression, errors
 from app.api.headers import SAFE_JSON, Hosts, completed
 from app.auth import Access
-from app.errors import InvalidInput, InvalidJson, InvalidRequest, ModelNotFound, RequestError, RequestTooLarge
+from app.errors import (
+    InvalidInput,
+    InvalidJson,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    RequestError,
+    RequestTooLarge,
+)
 from app.intake import Draft, open_envelope
+from app.limits import COUNTED_BYTES, Claim, PendingBytes
 from app.observer import Observer, Record
 from app.registry import Registry
 from app.runner import CallerGone, Runner, Target
@@ -39,6 +48,7 @@ DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that it
 SMALL_BODY_BYTES = 64 * 1024  # of a request that is refused unread: so much more is taken for the connection to go on
 TIMEOUT = re.compile(rb"\d{1,6}(\.\d{1,6})?\Z")
 MAX_DEPTH = 1024  # of lists and objects in each other: orjson's own limit, where every deeper one is refused
+REFUSAL = "diskless.refusal"  # in a scope: the error that a server wants it to be answered with
 MAX_LABEL = 100  # characters of a model name, a version, an alias; no method's name is longer
 
 Scope = MutableMapping[str, Any]
@@ -61,10 +71,18 @@ class Predictor:
     """
 
     def __init__(
-        self, registry: Registry, access: Access, observer: Observer, *, max_body_bytes: int, max_rows: int
+        self,
+        registry: Registry,
+        access: Access,
+        observer: Observer,
+        *,
+        max_body_bytes: int,
+        max_rows: int,
+        max_pending_bytes: int,
     ) -> None:
         self.access = access
         self.observer = observer
+        self.pending = PendingBytes(max_pending_bytes)
         self.max_body_bytes = max_body_bytes
         self.max_rows = max_rows
         self._registry = registry
@@ -140,7 +158,10 @@ class Predictor:
         None when the caller has gone.
         """
         unread = True
+        claim = Claim(self.pending)
         try:
+            if REFUSAL in scope:
+                raise scope[REFUSAL]
             caller = self.access.to_predict(scope["headers"])
             record.caller = caller.name
             if caller.place is not None:
@@ -150,13 +171,13 @@ class Predictor:
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body", False):
                 body = message.get("body", b"")
-                if len(body) > self.max_body_bytes:
-                    raise self._too_large("more")
+                self._hold(claim, len(body), more=False)
             else:
-                body = await self._rest_of_body(message, receive)
+                body = await self._rest_of_body(message, receive, claim)
             unread = False
             if compressed:
                 body = await self._decompressor.run(body)
+                self._hold(claim, len(body))
             asked = self.plain(body, name)
             rows: dict[str, Any]
             if asked is not None:
@@ -186,17 +207,23 @@ class Predictor:
             with log.about(record.request_id, record.trace_id):
                 logger.exception("a prediction request failed")
                 return Answer(*errors.internal())
+        finally:
+            claim.release()
 
     def _read_headers(self, headers: Any) -> tuple[float | None, bool]:
         """Return how many seconds the caller waits, if it says so, and whether the body is compressed.
 
-        Raises `RequestTooLarge`: what announces itself as too large is not read at all. `InvalidRequest`, `UnsupportedEncoding`.
+        Raises `RequestTooLarge` and `Overloaded`: what announces itself as too large is not read at all. `InvalidRequest`,
+        `UnsupportedEncoding`.
         """
         timeout, compressed = None, False
         for key, value in headers:
             if key == b"content-length":
-                if value.isdigit() and int(value[:19]) > self.max_body_bytes:
+                length = int(value[:19]) if value.isdigit() else 0
+                if length > self.max_body_bytes:
                     raise self._too_large(f"{value[:19].decode()} bytes")
+                if length > COUNTED_BYTES and not self.pending.fits(length):
+                    raise Overloaded(self.pending.refusal(length))
             elif key == b"content-encoding":
                 compressed = compression.check_encoding(value)
             elif key == b"x-request-timeout":
@@ -206,21 +233,27 @@ class Predictor:
                     raise InvalidRequest(f"X-Request-Timeout: expected seconds, once, as in 2.5, got {shown!r}")
         return timeout, compressed
 
-    async def _rest_of_body(self, message: Any, receive: Any) -> bytes:
-        """Read a body that comes in pieces, and no more of it than the limit."""
+    async def _rest_of_body(self, message: Any, receive: Any, claim: Claim) -> bytes:
+        """Read a body that comes in pieces, and no more of it than the limits."""
         pieces: list[bytes] = []
         size = 0
         while True:
             if message["type"] == "http.disconnect":
                 raise CallerGone
-            piece = message.get("body", b"")
+            piece, more = message.get("body", b""), message.get("more_body", False)
             size += len(piece)
-            if size > self.max_body_bytes:
-                raise self._too_large("more")
+            self._hold(claim, size, more=more)
             pieces.append(piece)
-            if not message.get("more_body", False):
+            if not more:
                 return b"".join(pieces)
             message = await receive()
+
+    def _hold(self, claim: Claim, size: int, *, more: bool = True) -> None:
+        """Claim the `size` bytes of a body that are here. Raises where a limit does not allow it; what is complete is taken."""
+        if size > self.max_body_bytes:
+            raise self._too_large("more")
+        if size > COUNTED_BYTES and not claim.hold(size, even_if_full=not more):
+            raise Overloaded(self.pending.refusal(size - claim.held))
 
     def _too_large(self, got: str) -> RequestTooLarge:
         return RequestTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
