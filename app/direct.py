@@ -42,7 +42,7 @@ from app.limits import COUNTED_BYTES, Claim
 from app.observer import Record
 from app.protocol import CLOSE, JSON_OF_BYTES, MAX_HEADERS, STOPPING, DrainingProtocol
 from app.runner import Job, Result, Target
-from app.spans import Headers, Parent, parse_parent, read_parent
+from app.spans import NOT_SAMPLED, Headers, Parent, parse_parent, read_parent
 
 PATH = re.compile(rb"/(?:predict|models/([A-Za-z0-9._-]{1,100})/predict)\Z")
 MAX_HEADS = 512
@@ -221,12 +221,14 @@ class TracingShared(Shared):
         if at < 0:
             return plan
         at += len(_TRACEPARENT)
-        if lower.find(_TRACEPARENT, at) >= 0:  # several are none
-            return plan
-        parent = parse_parent(head[at : head.find(b"\r\n", at)])
-        if parent is not None and parent.is_sampled and b"\r\ntracestate: " in lower:
-            lines = (line.partition(b": ") for line in head.split(b"\r\n"))
-            parent = read_parent([(name.lower(), value) for name, _, value in lines])
+        parent: Parent | None = NOT_SAMPLED
+        if self.observer.has_room():  # else it does not matter what it says
+            parent = None
+            if lower.find(_TRACEPARENT, at) < 0:  # several are none
+                parent = parse_parent(head[at : head.find(b"\r\n", at)])
+            if parent is not None and parent.is_sampled and b"\r\ntracestate: " in lower:
+                lines = (line.partition(b": ") for line in head.split(b"\r\n"))
+                parent = read_parent([(name.lower(), value) for name, _, value in lines])
         return Plan(plan.name, plan.length, plan.request_id, plan.caller, plan.timeout, plan.takes_gzip, parent)
 
 

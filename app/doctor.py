@@ -39,6 +39,7 @@ from app.errors import (
 from app.model_storage import Catalogue, ModelStorageManager
 from app.settings import R2_HOST, Mode, Settings
 from app.storage.base import Storage
+from app.tracing import Exporter
 from app.verification import verify
 from app.worker import Worker
 
@@ -306,6 +307,19 @@ async def _settings(patient: _Patient) -> AsyncIterator[Finding]:
     yield _ok(
         "settings", f"mode {settings.mode} ({settings.mode_reason}): {patient.place}, models under {_prefix(settings)}"
     )
+
+
+async def _traces(patient: _Patient) -> AsyncIterator[Finding]:
+    """Look whether traces could be sent. The collector is not asked: without it the service serves as well."""
+    if (endpoint := patient.settings.otlp_endpoint) is None:
+        return
+    try:
+        Exporter.from_settings(patient.settings)
+    except SettingsError:
+        remedy = "run `python -m pip install -r otel-requirements.txt`, or unset OTEL_EXPORTER_OTLP_ENDPOINT"
+        yield _failed("traces", f"would be sent to {endpoint}, but what sends them is not installed", remedy)
+    else:
+        yield _ok("traces", f"are sent to {endpoint}")
 
 
 async def _folder(patient: _Patient) -> AsyncIterator[Finding]:
@@ -975,7 +989,7 @@ def _checks(mode: Mode) -> Sequence[_Check]:
     ]
     folder = _Check("folder", _folder, ("settings",))
     if mode is Mode.LOCAL:
-        return [_Check("settings", _settings), folder, *contents]
+        return [_Check("settings", _settings), _Check("traces", _traces), folder, *contents]
     way = [
         _Check("name", _name),
         _Check("connection", _connection),
@@ -985,6 +999,7 @@ def _checks(mode: Mode) -> Sequence[_Check]:
     steps = [_Check(later.name, later.run, (before.name,)) for before, later in pairwise(way)]
     return [
         _Check("settings", _settings),
+        _Check("traces", _traces),
         *([] if mode is Mode.CLOUD_ONLY else [folder]),
         way[0],
         *steps,

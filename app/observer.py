@@ -85,6 +85,10 @@ class Observer:
         del route, request_id, parent
         return None
 
+    def has_room(self) -> bool:
+        """Whether a caller's trace could be followed now."""
+        return False
+
     def choose(self, record: Record, headers: Headers) -> None:
         """Decide whether a request that has a record anyway is one of those that are told of."""
         del headers

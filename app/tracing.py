@@ -90,6 +90,10 @@ class TracingObserver(Observer):
         return record
 
     @override
+    def has_room(self) -> bool:
+        return self._exporter.has_room()
+
+    @override
     def follow(self, route: str, request_id: str, parent: Parent) -> Record | None:
         if not self._exporter.has_room():
             return None
@@ -213,7 +217,11 @@ class Exporter:
     # In the thread
 
     def _run(self) -> None:
-        sender = _Sender(self._endpoint, self._service, self._headers)
+        try:
+            sender = _Sender(self._endpoint, self._service, self._headers)
+        except Exception:  # of a standard variable that it does not like
+            logger.exception("traces cannot be sent")
+            return
         lost = known = 0
         complained_at = -math.inf
         is_last = False
@@ -299,10 +307,10 @@ class _Sender:
         """Send traces to the collector; return whether it has taken them."""
         offset = time.time_ns() - time.perf_counter_ns()
         spans = _Unhurried()
-        for one in _Unhurried(told):
-            spans += [self._readable(span) for span in (_spans(one, offset) if isinstance(one, _Told) else one)]
-        self._heard.text = ""
         try:
+            for one in _Unhurried(told):
+                spans += [self._readable(span) for span in (_spans(one, offset) if isinstance(one, _Told) else one)]
+            self._heard.text = ""
             return self._exporter.export(spans) is self._success
         except Exception as error:
             self._heard.text = f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ import select
 import socket
 import socketserver
 import ssl
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -736,6 +737,18 @@ async def test_a_version_without_a_trusted_seal_is_told(examine, local, manager)
         State.FAILED,
         "publish it with --seal-key",
     )
+
+
+async def test_traces_that_could_not_be_sent_are_told_of_and_the_collector_is_not_asked(examine, local, monkeypatch):
+    tracing = {**local, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    installed = one(await examine(**tracing), "traces")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # as where it is not installed
+    missing = one(await examine(**tracing), "traces")
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
+
+    assert (installed.state, installed.found) == (State.OK, "are sent to http://127.0.0.1:9/v1/traces")
+    assert (missing.state, "otel-requirements.txt" in missing.remedy) == (State.FAILED, True)
+    assert "traces" not in [finding.check for finding in await examine(**local)]
 
 
 async def test_a_seal_that_could_not_be_looked_at_is_not_called_right(examine, local, manager):
