@@ -64,6 +64,7 @@ ORDER = [
     "compiler.heads",
     "compiler.trees",
     "storage.base",
+    "storage.observed",
     "storage.counted",
     "storage.traced",
     "storage.reader",
