@@ -25,6 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.errors import DisklessError, SettingsError, UnknownVersion, UnusableKey
+from app.names import printable
 from app.settings import KEYS_MISSING, MAX_WORKERS, Settings, load_settings
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _fail_as_json(code: int, error: str, detail: str, text: str | None = None) -
 
 def _printable(text: str) -> str:
     """Return text from a bucket as a terminal may have it: whoever wrote it could have put control sequences in."""
-    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _tell(options: argparse.Namespace, document: dict[str, Any], *lines: str) -> int:

@@ -36,7 +36,7 @@ from pydantic_settings import (
 from app import keys, seal
 from app.errors import InvalidName, SettingsError
 from app.limits import Limits
-from app.names import COMPANION_ROLES, check_name
+from app.names import COMPANION_ROLES, check_name, shortened
 from app.rates import Rate
 from app.trust import Trust
 
@@ -718,8 +718,7 @@ def _expected(info: FieldInfo) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+    return shortened(repr(value), MAX_SHOWN)
 
 
 def _split_endpoint(url: str, jurisdiction: str) -> tuple[str, str | None]:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from app.errors import InvalidInput, RequestTooLarge, Violation
+from app.names import shortened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -426,8 +427,7 @@ class _Report:
 
 def step_of(name: Any) -> str:
     """Write a column as the last step of a path: `.age`, or `["a b"]` where that is no identifier."""
-    text = str(name)
-    text = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+    text = shortened(str(name), MAX_SHOWN)
     return f".{text}" if text.isidentifier() else f"[{json.dumps(text, ensure_ascii=False)}]"
 
 
@@ -443,7 +443,7 @@ def show(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):  # nothing that JSON has; or an integer of thousands of digits
         text = f"a very long {type(value).__name__}" if isinstance(value, int) else f"a {type(value).__name__}"
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+    return shortened(text, MAX_SHOWN)
 
 
 def _is_strings(value: Any) -> bool:

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from app import log
 from app.errors import DisklessError, RateLimited, RequestError, Unauthorized, UnsupportedEncoding
+from app.names import shortened
 from app.observer import Record
 
 logger = logging.getLogger("diskless.api")
@@ -134,7 +135,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 def shown(text: str) -> str:
     """Return a caller's own words as an error repeats them: not more than a line of them."""
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+    return shortened(text, MAX_SHOWN)
 
 
 def _dumps(body: dict[str, Any]) -> bytes:
