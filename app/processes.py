@@ -120,13 +120,14 @@ def _figures(pids: Iterable[int]) -> Figures:
         began.append(int(fields[19]))
         with contextlib.suppress(OSError):  # that of another user, or of one that has ended
             open_files += len(os.listdir(f"/proc/{pid}/fd"))
-            memory_bytes[pid] = _memory_bytes(pid)
+            memory_bytes[pid] = pss_bytes(pid)
     hertz = os.sysconf("SC_CLK_TCK")
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) if began else 0.0
     return Figures(memory_bytes, ticks / hertz, open_files, threads, booted + min(began, default=0) / hertz)
 
 
-def _memory_bytes(pid: int) -> int:
+def pss_bytes(pid: int) -> int:
+    """Return what a process holds in memory, what it shares in parts (PSS). Raises `OSError` for one that has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

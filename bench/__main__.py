@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from bench import contenders, environments, loads, results, serving, swap
-from bench.environments import Unavailable
+from venvs import Unavailable
 
 Part = Callable[[argparse.Namespace], str]
 PARTS: dict[str, Part] = {  # each writes the section of its name

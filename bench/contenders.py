@@ -13,9 +13,10 @@ import numpy as np
 
 from app import settings
 from bench import environments
-from bench.environments import PEERS, ROOT
+from bench.environments import PEERS
 from bench.questions import Question
 from bench.servers import HOST, Service, free_port
+from venvs import ROOT
 
 EXACT = 1e-9  # relative, and absolute below 1: what float64 has to hold
 FLOAT32 = 1e-4  # the same for the services that compute in float32 ...

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from app import processes
 from app.memory import MB
-from bench.environments import Unavailable
+from venvs import Unavailable
 
 HOST = "127.0.0.1"
 START_SECONDS = 90.0
@@ -145,8 +146,7 @@ class Service:
         total = 0
         for pid in self._pids():
             with contextlib.suppress(OSError):
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+                total += processes.pss_bytes(pid)
         return total
 
     def log(self, characters: int = 1500) -> str:

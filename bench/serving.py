@@ -22,11 +22,12 @@ from typing import NamedTuple
 
 from bench import contenders, environments, models, plot, questions, wrk
 from bench.contenders import ASGI, CONSTANT, FLOOR, GUARDED, INLINE, MOSEC, NAIVE, REFERENCE, SERVE, Contender, Ground
-from bench.environments import FOLDER, ROOT, Unavailable
+from bench.environments import FOLDER
 from bench.questions import Question
 from bench.results import spread, table
 from bench.servers import Cores, Failed, Service, cores, environment, megabytes
 from demo import s3
+from venvs import ROOT, Unavailable
 
 ROUNDS = 3
 MEASURE_SECONDS = 840.0  # for all rounds; what comes before and after takes a third of that

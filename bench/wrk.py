@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.environments import Unavailable
 from bench.servers import pinned
+from venvs import Unavailable
 
 SCRIPT = Path(__file__).parent / "load.lua"
 MARK = "wrk-figures "  # what the script's line begins with

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from app.model_storage import ModelStorageManager
+from app.processes import figures
 from app.storage.r2 import R2Storage
 from demo import s3
 from tests.faults import FOR_EVER, Fault, FaultyProxy, corrupt, cut, delay, drop, hang, status
@@ -296,25 +297,10 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bytes]:
     return int(headers.split(b" ", 2)[1]), headers, await reader.readexactly(length)
 
 
-def tree(pid: int) -> Iterator[int]:
-    """Yield a process and all below it."""
-    yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in task.read_text().split():
-                yield from tree(int(child))
-
-
 def sample(pid: int, seconds: float) -> Sample:
-    """Weigh a process tree. Processes that end meanwhile do not count."""
-    kilobytes = files = processes = 0
-    for one in list(tree(pid)):
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-            files += len(os.listdir(f"/proc/{one}/fd"))
-            kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-            processes += 1
-    return Sample(seconds, kilobytes / 1024, files, processes)
+    """Weigh a process and all below it. Processes that end meanwhile do not count."""
+    found = figures(pid)
+    return Sample(seconds, sum(found.memory_bytes.values()) / 2**20, found.open_files, len(found.memory_bytes))
 
 
 def settled(pid: int, processes: int, files: int | None = None) -> Sample:
@@ -408,7 +394,7 @@ def main() -> int:
             asked[name] = questions(name, versions, examples)
             for model in versions:
                 manager.save(name, model, examples=examples[:20], compile=is_compiled)
-        bucket = r2_environment(proxy.url, server.bucket, server.reader.access_key_id, server.reader.secret_access_key)
+        bucket = r2_environment(proxy.url, server.bucket, server.reader)
         ours = {
             **{"ML_REFRESH_SECONDS": "1", "R2_MAX_ATTEMPTS": "2", "R2_READ_TIMEOUT_SECONDS": "3"},
             **{"ML_MAX_BODY_BYTES": str(LIMIT_BYTES), "ML_ADMIN_KEYS": f"tests:{ADMIN_KEY}", "ML_LOG_LEVEL": "error"},

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import venvs
 from lint import audit, environment
 from tests.service import free_port
 
@@ -138,7 +139,7 @@ def test_tools_that_cannot_be_installed_are_a_reason_and_no_stack_trace(tmp_path
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    with pytest.raises(environment.Unavailable, match="cannot be installed: ERROR: "):
+    with pytest.raises(venvs.Unavailable, match="cannot be installed: ERROR: "):
         environment.python(tmp_path / "tools")
     assert not (tmp_path / "tools" / "installed").exists()
 
