@@ -8,8 +8,12 @@ import pytest
 from botocore.config import Config
 
 from app.compiler import translation
+from app.model_storage import ModelStorageManager
+from app.storage.r2 import R2Storage
 from conformance.server import Server
 from demo.s3 import S3Server, start
+from tests.faults import FaultyProxy
+from tests.trusted import TRUST
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +32,8 @@ def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def _bucket_client(s3):
+def bucket_client(s3) -> Any:
+    """boto3's client of that server: for what no storage of ours would do."""
     return boto3.client(
         "s3",
         endpoint_url=s3.endpoint_url,
@@ -40,16 +45,16 @@ def _bucket_client(s3):
 
 
 @pytest.fixture
-def bucket(s3, _bucket_client) -> str:
+def bucket(s3, bucket_client) -> str:
     """The name of an empty bucket.
 
     It is the same bucket for every test, emptied before each: the first object in a new bucket takes SeaweedFS 0.2 s,
     emptying this one a few milliseconds, and tests may use fixed keys. SeaweedFS keeps the folders, though: no test may
     write `a` if absent where another had `a/b`.
     """
-    for page in _bucket_client.get_paginator("list_objects_v2").paginate(Bucket=s3.bucket):
+    for page in bucket_client.get_paginator("list_objects_v2").paginate(Bucket=s3.bucket):
         if keys := [{"Key": item["Key"]} for item in page.get("Contents", ())]:
-            _bucket_client.delete_objects(Bucket=s3.bucket, Delete={"Objects": keys})
+            bucket_client.delete_objects(Bucket=s3.bucket, Delete={"Objects": keys})
     return s3.bucket
 
 
@@ -62,6 +67,19 @@ def r2_arguments(s3) -> dict[str, str]:
         "access_key_id": s3.writer.access_key_id,
         "secret_access_key": s3.writer.secret_access_key,
     }
+
+
+@pytest.fixture
+def manager(bucket, r2_arguments) -> ModelStorageManager:
+    """Saves into that bucket, and trusts our own code."""
+    return ModelStorageManager(R2Storage(**r2_arguments), trust=TRUST)
+
+
+@pytest.fixture
+def proxy(s3) -> Iterator[FaultyProxy]:
+    """A way to that server that can be told to go wrong."""
+    with FaultyProxy(s3.endpoint_url) as running_proxy:
+        yield running_proxy
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from demo.s3 import Credentials
 from tests.trusted import TRUST
 
 ROOT = Path(__file__).parent.parent
@@ -37,12 +38,12 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def r2_environment(endpoint_url: str, bucket: str, access_key_id: str, secret_access_key: str) -> dict[str, str]:
+def r2_environment(endpoint_url: str, bucket: str, credentials: Credentials) -> dict[str, str]:
     return {
         "R2_ENDPOINT_URL": endpoint_url,
         "R2_BUCKET": bucket,
-        "R2_ACCESS_KEY_ID": access_key_id,
-        "R2_SECRET_ACCESS_KEY": secret_access_key,
+        "R2_ACCESS_KEY_ID": credentials.access_key_id,
+        "R2_SECRET_ACCESS_KEY": credentials.secret_access_key,
     }
 
 

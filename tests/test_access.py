@@ -23,8 +23,7 @@ from app.keys import Key
 from app.model_storage import ModelStorageManager
 from app.storage.local import LocalStorage
 from tests import toys
-from tests.service import COMMAND, Service, clean_environment, running
-from tests.test_direct import AS_ASGI
+from tests.service import AS_ASGI, COMMAND, Service, clean_environment, running
 from tests.trusted import TRUST
 
 ANN, ANNS_OLD, BOB, ROOT = "the-key-of-ann-2", "the-key-of-ann-1", "the-key-of-bob-1", "the-administrators-1"

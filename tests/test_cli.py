@@ -32,6 +32,7 @@ from app.cli import main
 from app.model_storage import ModelStorageManager
 from app.seal import parse_trusted_keys, verify
 from app.storage.local import LocalStorage
+from demo.s3 import Credentials
 from tests import toys
 from tests.service import ROOT, clean_environment, free_port, r2_environment
 from tests.trusted import TRUST
@@ -576,7 +577,7 @@ def terminal() -> Iterator[Terminal]:
 def test_a_terminal_shows_how_far_large_objects_are(s3, bucket, tmp_path, run_here, monkeypatch, terminal):
     rows = np.random.default_rng(1).normal(size=(40_000, 8))
     joblib.dump(KNeighborsRegressor(algorithm="brute").fit(rows, rows[:, 0]), tmp_path / "near.joblib")
-    values = r2_environment(s3.endpoint_url, bucket, s3.writer.access_key_id, s3.writer.secret_access_key)
+    values = r2_environment(s3.endpoint_url, bucket, s3.writer)
     for name, value in {**values, "ML_CLOUD_ONLY": "true"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stderr", terminal.stream)
@@ -595,7 +596,7 @@ def test_a_terminal_shows_how_far_large_objects_are(s3, bucket, tmp_path, run_he
 
 
 def test_a_bucket_that_cannot_be_reached_is_told_in_a_sentence(tmp_path, files):
-    nowhere = r2_environment(f"http://127.0.0.1:{free_port()}", "models", "id", "very-secret")
+    nowhere = r2_environment(f"http://127.0.0.1:{free_port()}", "models", Credentials("id", "very-secret"))
     for words in (["verify"], ["publish", "sum", "--model", str(files / "sum.joblib")]):
         done = command({**nowhere, "R2_MAX_ATTEMPTS": "1"}, tmp_path, *words)
 
@@ -604,8 +605,8 @@ def test_a_bucket_that_cannot_be_reached_is_told_in_a_sentence(tmp_path, files):
 
 
 def test_a_credential_that_is_denied_is_told_with_its_remedy(s3, tmp_path, files):
-    wrong = r2_environment(s3.endpoint_url, s3.bucket, s3.reader.access_key_id, "very-secret")
-    reader = r2_environment(s3.endpoint_url, s3.bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    wrong = r2_environment(s3.endpoint_url, s3.bucket, Credentials(s3.reader.access_key_id, "very-secret"))
+    reader = r2_environment(s3.endpoint_url, s3.bucket, s3.reader)
     unknown = command(wrong, tmp_path, "verify")
     reading = command(reader, tmp_path, "publish", "denied", "--model", str(files / "sum.joblib"))
 

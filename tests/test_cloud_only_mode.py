@@ -10,18 +10,13 @@ import pytest
 
 from app.model_storage import ModelStorageManager
 from app.settings import Mode, load_settings
-from tests.faults import FOR_EVER, FaultyProxy, drop
+from demo.s3 import Credentials
+from tests.faults import FOR_EVER, drop
 from tests.repository import ROWS, classifier, dumped, expected, linear, put, scaler, serving
 from tests.service import COMMAND, clean_environment, r2_environment, running
 
 ONE = [[1.0, 1.0, 1.0]]
 KEY = "models/fraud/1/model.joblib"
-
-
-@pytest.fixture
-def proxy(s3):
-    with FaultyProxy(s3.endpoint_url) as running_proxy:
-        yield running_proxy
 
 
 @pytest.fixture
@@ -31,7 +26,7 @@ def environment(monkeypatch, tmp_path, s3, bucket, proxy):
     def set_environment(*, credentials=True, **values):
         for name in os.environ.keys() - clean_environment({}).keys():
             monkeypatch.delenv(name)
-        r2 = r2_environment(proxy.url, bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+        r2 = r2_environment(proxy.url, bucket, s3.reader)
         r2["R2_MAX_ATTEMPTS"] = "1"
         local = {"ML_LOCAL_DIR": str(tmp_path / "local")}
         for name, value in ((r2 if credentials else {}) | local | values).items():
@@ -238,7 +233,7 @@ def test_missing_credentials_end_the_process_with_a_line_each(tmp_path, values):
 
 
 def test_one_missing_credential_is_one_line_and_shows_no_secret(tmp_path):
-    values = r2_environment("https://example.invalid", "models", "", "very-secret")
+    values = r2_environment("https://example.invalid", "models", Credentials("", "very-secret"))
     done = subprocess.run(
         COMMAND, env=clean_environment(values), cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
@@ -281,7 +276,7 @@ def test_cloud_only_serves_and_swaps_in_a_process_that_can_write_no_file(s3, buc
     prefix = unshare()
     if prefix is None:
         pytest.skip("this system lets nobody remount file systems in a namespace (unshare -m, unshare -rm)")
-    values = r2_environment(s3.endpoint_url, bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    values = r2_environment(s3.endpoint_url, bucket, s3.reader)
     values |= {"DYNO": "web.1", "ML_CLOUD_ONLY": "false", "CHECKOUT": str(Path(__file__).parent.parent)}
     values |= {"COVERAGE_PROCESS_CONFIG": "", "COVERAGE_PROCESS_START": ""}  # it would write its findings
     command = (*prefix, "sh", "-c", READ_ONLY, "sh", sys.executable, "-m", "app", "serve")
@@ -307,7 +302,7 @@ def test_cloud_only_serves_and_swaps_in_a_process_that_can_write_no_file(s3, buc
 
 
 def test_the_status_says_that_a_copy_answers(published, s3, bucket, proxy, tmp_path):
-    values = r2_environment(proxy.url, bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    values = r2_environment(proxy.url, bucket, s3.reader)
     values |= {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(tmp_path / "copy"), "R2_MAX_ATTEMPTS": "1"}
     with running(values) as service:
         service.wait_ready()

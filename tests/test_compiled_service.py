@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.model_storage import ModelStorageManager
 from app.prediction import wire
-from app.storage.r2 import R2Storage
 from tests import zoo
 from tests.repository import dumped, put
 from tests.service import Service, r2_environment, running
-from tests.trusted import TRUST
 
 pytest.importorskip("app.compiled.trees")
 pytest.importorskip("app.compiled.linear")
@@ -28,13 +25,8 @@ COMPILED = {"named": "logistic, named", "forest": "forest, float classes", "hist
 
 
 @pytest.fixture
-def manager(bucket, r2_arguments):
-    return ModelStorageManager(R2Storage(**r2_arguments), trust=TRUST)
-
-
-@pytest.fixture
 def environment(s3, bucket):
-    return r2_environment(s3.endpoint_url, bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    return r2_environment(s3.endpoint_url, bucket, s3.reader)
 
 
 @pytest.fixture

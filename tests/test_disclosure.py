@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import boto3
 import httpx
 import numpy as np
 import pytest
-from botocore.config import Config
 from sklearn.linear_model import LinearRegression
 
 from app import log
@@ -117,20 +115,8 @@ def ask(service: Service, answers: Answers) -> dict[str, int]:
     return found
 
 
-@pytest.fixture(scope="module")
-def s3_client(s3) -> Any:
-    return boto3.client(
-        "s3",
-        endpoint_url=s3.endpoint_url,
-        aws_access_key_id=s3.writer.access_key_id,
-        aws_secret_access_key=s3.writer.secret_access_key,
-        region_name="us-east-1",
-        config=Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required"),
-    )
-
-
 @pytest.fixture
-def spoiled(s3, bucket, s3_client, r2_arguments) -> str:
+def spoiled(s3, bucket, bucket_client, r2_arguments) -> str:
     """A bucket with a model of each kind of trouble; returns its name."""
     manager = ModelStorageManager(R2Storage(**r2_arguments), trust=TRUST)
     plane = LinearRegression().fit(POINTS, POINTS.sum(axis=1))
@@ -142,17 +128,17 @@ def spoiled(s3, bucket, s3_client, r2_arguments) -> str:
         manager.save(name, model)
 
     def read(key: str) -> bytes:
-        body: bytes = s3_client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        body: bytes = bucket_client.get_object(Bucket=bucket, Key=key)["Body"].read()
         return body
 
     def write(key: str, body: bytes) -> None:
-        s3_client.put_object(Bucket=bucket, Key=key, Body=body)
+        bucket_client.put_object(Bucket=bucket, Key=key, Body=body)
 
     model = bytearray(read("models/flipped/1/model.joblib"))
     model[len(model) // 2] ^= 1
     write("models/flipped/1/model.joblib", bytes(model))
     write("models/truncated/1/manifest.json", read("models/truncated/1/manifest.json")[:200])
-    s3_client.delete_object(Bucket=bucket, Key="models/lost/1/manifest.json")
+    bucket_client.delete_object(Bucket=bucket, Key="models/lost/1/manifest.json")
     write("models/garbage.joblib", b"/srv/private/nothing that is a model")
     write("models/bare.joblib", dumped(plane)[:300])
     write("models/unloadable.pkl", b"\x80\x04ctests.toys\nUnloadable\n)\x81}\x8c\x01a\x8c\x01bsb.")
@@ -163,7 +149,7 @@ def spoiled(s3, bucket, s3_client, r2_arguments) -> str:
 @pytest.mark.parametrize("command", [COMMAND, AS_ASGI], ids=["in the protocol", "as ASGI"])
 def test_no_answer_tells_what_lies_where(s3, spoiled, command, tmp_path):
     with FaultyProxy(s3.endpoint_url) as proxy:
-        environment = r2_environment(proxy.url, spoiled, s3.writer.access_key_id, s3.writer.secret_access_key)
+        environment = r2_environment(proxy.url, spoiled, s3.writer)
         settings = {
             **environment,
             "ML_REQUIRED_MODELS": "plane",

@@ -84,7 +84,7 @@ def examine(environment):
 
 @pytest.fixture
 def writer(s3, bucket):
-    return r2_environment(s3.endpoint_url, bucket, s3.writer.access_key_id, s3.writer.secret_access_key)
+    return r2_environment(s3.endpoint_url, bucket, s3.writer)
 
 
 @pytest.fixture
@@ -97,12 +97,6 @@ def local(tmp_path):
 @pytest.fixture
 def manager(local):
     return ModelStorageManager(LocalStorage(Path(local["ML_LOCAL_DIR"])))
-
-
-@pytest.fixture
-def proxy(s3) -> Iterator[FaultyProxy]:
-    with FaultyProxy(s3.endpoint_url) as proxy:
-        yield proxy
 
 
 def through(proxy, writer, **variables):
@@ -152,7 +146,7 @@ async def test_a_bucket_that_can_be_served_and_published_to_has_no_finding(exami
 
 
 async def test_a_token_that_may_only_read_is_enough_to_serve(examine, s3, writer, r2_arguments):
-    reader = r2_environment(s3.endpoint_url, s3.bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    reader = r2_environment(s3.endpoint_url, s3.bucket, s3.reader)
     findings = await examine(**reader)
 
     assert states(findings, State.FAILED) == []

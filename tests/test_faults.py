@@ -220,7 +220,7 @@ def proxy(module_proxy):
 @pytest.fixture(scope="module")
 def variables(s3, module_proxy) -> dict[str, Any]:
     """What every service here is told: few attempts and little patience."""
-    where = r2_environment(module_proxy.url, s3.bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    where = r2_environment(module_proxy.url, s3.bucket, s3.reader)
     patience = {"R2_MAX_ATTEMPTS": str(ATTEMPTS), "R2_READ_TIMEOUT_SECONDS": "0.15", "ML_REFRESH_SECONDS": "3600"}
     return {"_env_file": None, **where, **patience}
 

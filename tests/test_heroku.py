@@ -45,7 +45,7 @@ def dyno(s3, r2_arguments) -> dict[str, str]:
     manager.save("sum", toys.Sum(), examples=ROWS)
     manager.save("naps", toys.Naps())
     return {
-        **r2_environment(s3.endpoint_url, s3.bucket, s3.reader.access_key_id, s3.reader.secret_access_key),
+        **r2_environment(s3.endpoint_url, s3.bucket, s3.reader),
         "ML_PREFIX": PREFIX,
         "DYNO": "web.1",
         "DYNO_RAM": "512",

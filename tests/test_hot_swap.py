@@ -11,13 +11,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from app.model_storage import ModelStorageManager
-from app.storage.r2 import R2Storage
 from tests import estimators
-from tests.faults import FaultyProxy, hang
+from tests.faults import hang
 from tests.repository import draft, dumped, linear, put
 from tests.service import ADMIN_KEY, Service, r2_environment, running
-from tests.trusted import TRUST
 
 CALLERS = 200
 SWAPS = 20
@@ -25,19 +22,8 @@ ONE = [[1.0, 1.0, 1.0]]
 
 
 @pytest.fixture
-def manager(bucket, r2_arguments):
-    return ModelStorageManager(R2Storage(**r2_arguments), trust=TRUST)
-
-
-@pytest.fixture
-def proxy(s3):
-    with FaultyProxy(s3.endpoint_url) as running_proxy:
-        yield running_proxy
-
-
-@pytest.fixture
 def environment(s3, bucket, proxy):
-    return r2_environment(proxy.url, bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    return r2_environment(proxy.url, bucket, s3.reader)
 
 
 class Connection:

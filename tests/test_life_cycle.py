@@ -372,7 +372,7 @@ def test_ctrl_c_in_the_middle_of_a_command_leaves_what_can_be_finished(s3, bucke
             return list(models["a"].versions) if models else [], await stored(storage)
 
     with FaultyProxy(s3.endpoint_url) as proxy:
-        environment = r2_environment(proxy.url, bucket, s3.writer.access_key_id, s3.writer.secret_access_key)
+        environment = r2_environment(proxy.url, bucket, s3.writer)
         stopped = interrupted(environment, proxy, "PUT", "index.json", *publish, "x", "--json")
         assert stopped.returncode == 130
         assert json.loads(stopped.stdout)["error"] == "interrupted"

@@ -30,14 +30,11 @@ from app.metrics import BATCH_ROWS, LATENCY, LATENCY_BOUNDS, REFUSALS, REQUESTS,
 from app.model_storage import ModelStorageManager
 from app.registry import State
 from app.storage.local import LocalStorage
-from app.storage.r2 import R2Storage
 from tests import faults, toys
 from tests.asgi import application, client
-from tests.faults import FaultyProxy
 from tests.repository import ROWS, linear, put
 from tests.scraping import OPENMETRICS, TEXT, Scrape, changes, scrape, scrape_until
-from tests.service import AS_ADMIN, COMMAND, Service, r2_environment, running
-from tests.test_direct import AS_ASGI
+from tests.service import AS_ADMIN, AS_ASGI, COMMAND, Service, r2_environment, running
 from tests.test_prefork import Load, family, in_thread, refresh, workers
 from tests.trusted import TRUST
 
@@ -390,19 +387,8 @@ def test_the_processes_are_told(service):
 
 
 @pytest.fixture
-def manager(bucket, r2_arguments):
-    return ModelStorageManager(R2Storage(**r2_arguments), trust=TRUST)
-
-
-@pytest.fixture
-def proxy(s3):
-    with FaultyProxy(s3.endpoint_url) as running_proxy:
-        yield running_proxy
-
-
-@pytest.fixture
 def environment(s3, bucket, proxy):
-    r2 = r2_environment(proxy.url, bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    r2 = r2_environment(proxy.url, bucket, s3.reader)
     return r2 | {"ML_REFRESH_SECONDS": "3600", "R2_MAX_ATTEMPTS": "1"}
 
 

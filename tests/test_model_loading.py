@@ -493,7 +493,7 @@ async def test_a_model_whose_rights_are_missing_is_the_only_one_that_does_not_se
 @pytest.fixture
 def environment(s3, bucket):
     """What the service is started with: the right to read, and no more."""
-    values = r2_environment(s3.endpoint_url, bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    values = r2_environment(s3.endpoint_url, bucket, s3.reader)
     return values | {"ML_REFRESH_SECONDS": "1"}
 
 

@@ -376,7 +376,7 @@ def test_one_manager_may_be_used_from_several_threads(r2):
 def test_the_environment_says_where_to_save(s3, bucket, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DYNO", raising=False)
-    values = r2_environment(s3.endpoint_url, bucket, s3.writer.access_key_id, s3.writer.secret_access_key)
+    values = r2_environment(s3.endpoint_url, bucket, s3.writer)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     manager = ModelStorageManager.from_env()

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import boto3
 import joblib
 import numpy as np
 import pytest
-from botocore.config import Config
 from sklearn.linear_model import LinearRegression
 
 from app.cli import main
@@ -169,21 +167,9 @@ def entry(version: str = "1", sha256: str = "0" * 64) -> dict[str, Any]:
 
 
 @pytest.fixture
-def client(s3, bucket) -> Any:
-    return boto3.client(
-        "s3",
-        endpoint_url=s3.endpoint_url,
-        aws_access_key_id=s3.writer.access_key_id,
-        aws_secret_access_key=s3.writer.secret_access_key,
-        region_name="us-east-1",
-        config=Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required"),
-    )
-
-
-@pytest.fixture
-def put(client, bucket) -> Callable[[str, bytes], None]:
+def put(bucket_client, bucket) -> Callable[[str, bytes], None]:
     def write(key: str, body: bytes) -> None:
-        client.put_object(Bucket=bucket, Key=key, Body=body)
+        bucket_client.put_object(Bucket=bucket, Key=key, Body=body)
 
     return write
 
@@ -194,7 +180,7 @@ def environment(s3, bucket, tmp_path) -> dict[str, str]:
     inner = tmp_path / "inner"
     inner.mkdir()
     return {
-        **r2_environment(s3.endpoint_url, bucket, s3.writer.access_key_id, s3.writer.secret_access_key),
+        **r2_environment(s3.endpoint_url, bucket, s3.writer),
         "ML_CLOUD_ONLY": "false",
         "ML_LOCAL_DIR": str(inner / "copy"),
     }

@@ -24,7 +24,7 @@ import numpy as np
 import orjson
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -47,6 +47,7 @@ from app.storage.local import LocalStorage
 from demo import models as demo
 from tests import toys, zoo
 from tests.asgi import application, client, ready
+from tests.generated import generated
 from tests.json_schema import ANYTHING, fitting, spoiled, violations
 from tests.service import AS_ADMIN, Service, running
 from tests.trusted import TRUST
@@ -69,14 +70,6 @@ ODD = [
     "{name}",
     "a_b",
 ]
-generated = settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],  # to shrink a failure takes a thousand predictions
-    suppress_health_check=list(HealthCheck),
-)
 MODELS = {
     "linear": "logistic, named",
     "mixed": "mixed, with times",
@@ -472,7 +465,7 @@ def test_what_fits_is_answered_or_refused_and_what_is_answered_fits(name, publis
     instances, answer = request["properties"]["instances"], schemas.answer(model)
     right = fitting(instances, components)
 
-    @generated
+    @generated(12)
     @given(right, spoiled(right), st.sampled_from(model.signature.methods))
     def check(right, wrong, method):
         told = answered(model, orjson.loads(json.dumps(right)), method)
@@ -491,7 +484,7 @@ def test_the_service_answers_what_fits_and_what_it_answers_fits(service, documen
     responses = operation(document, name)["responses"]
     right = fitting(asked, components)
 
-    @settings(generated, max_examples=20)
+    @generated(20)
     @given(right, spoiled(right), spoiled(spoiled(right)))
     def check(right, wrong, worse):
         for request in (right, wrong, worse):
@@ -510,7 +503,7 @@ def test_the_service_answers_what_fits_and_what_it_answers_fits(service, documen
 
 
 @given(ANYTHING)
-@settings(generated, max_examples=200)
+@generated(200)
 def test_whatever_is_accepted_without_columns_fits(value):
     sign = Signature(layout="matrix", inputs=(), methods=("predict",))
     (form,) = schemas.row(sign).others

@@ -30,13 +30,8 @@ CALLERS = 16
 
 
 @pytest.fixture
-def manager(bucket, r2_arguments):
-    return ModelStorageManager(R2Storage(**r2_arguments), trust=TRUST)
-
-
-@pytest.fixture
 def environment(s3, bucket):
-    r2 = r2_environment(s3.endpoint_url, bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    r2 = r2_environment(s3.endpoint_url, bucket, s3.reader)
     return r2 | {"ML_WORKERS": "2", "ML_REFRESH_SECONDS": "3600"}
 
 
@@ -142,7 +137,7 @@ def four(s3, _bucket_client, r2_arguments) -> Iterator[Service]:
     """A service with four workers and a classifier behind its scaler, under a prefix of its own."""
     manager = ModelStorageManager(R2Storage(**r2_arguments), prefix="four/", trust=TRUST)
     manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:5])
-    r2 = r2_environment(s3.endpoint_url, s3.bucket, s3.reader.access_key_id, s3.reader.secret_access_key)
+    r2 = r2_environment(s3.endpoint_url, s3.bucket, s3.reader)
     with running(r2 | {"ML_PREFIX": "four/"}, command=[*COMMAND, "--workers", "4"]) as service:
         yield service.wait_live().wait_ready()
 

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
@@ -25,18 +25,11 @@ from app.manifest import Manifest
 from app.model import Model, part_of, wire
 from app.names import ModelRef
 from app.signature import Rows
+from tests.generated import generated
 from tests.trusted import TRUST
 from tests.zoo import BUILDERS, NEEDS_EXAMPLES, OF_ITEMS, Fitted, fitted
 
 REF = ModelRef("zoo", "1")
-generated = settings(
-    max_examples=3,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],  # to shrink a failure takes a thousand predictions
-    suppress_health_check=list(HealthCheck),
-)
 KINDS = [
     pytest.param(name, published, id=f"{name}, {'published' if published else 'bare'}")
     for name in BUILDERS
@@ -197,7 +190,7 @@ def assert_close(left: Any, right: Any, tolerance: float) -> None:
 def test_the_served_answer_is_the_fitted_objects(name, published):
     it, model = fitted(name), served(name, published)
 
-    @generated
+    @generated(3)
     @given(rows(it), st.booleans(), st.integers(0, 9))
     def check(drawn, as_objects, seed):
         sent = orjson.loads(orjson.dumps(as_sent(it, model, drawn, as_objects, seed)))
@@ -217,7 +210,7 @@ def test_the_served_answer_is_the_fitted_objects(name, published):
 def test_a_batch_gives_every_caller_what_it_would_get_alone(name):
     it, model = fitted(name), served(name, True)
 
-    @generated
+    @generated(3)
     @given(st.lists(rows(it), min_size=2, max_size=3), st.integers(0, 9))
     def check(callers, seed):
         parts = [model.signature.validate(as_sent(it, model, drawn, bool(seed % 2), seed)) for drawn in callers]

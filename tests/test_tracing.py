@@ -24,8 +24,7 @@ from app.observer import PHASES
 from app.storage.local import LocalStorage
 from tests import toys
 from tests.collector import Collector, Span, collecting
-from tests.service import COMMAND, Service, clean_environment, connected, free_port, running
-from tests.test_direct import AS_ASGI
+from tests.service import AS_ASGI, COMMAND, Service, clean_environment, connected, free_port, running
 from tests.trusted import TRUST
 
 TWO = (*COMMAND, "--workers", "2")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from sklearn import linear_model, svm
 from sklearn import preprocessing as pre
 from sklearn.compose import ColumnTransformer
@@ -33,6 +33,7 @@ from app.signature import Signature
 from demo import models as demo
 from tests import zoo
 from tests.compiler import fits
+from tests.generated import generated
 from tests.test_layers import HEAVY, ROOT
 from tests.test_served_answers import as_json, as_sent, as_trained, assert_close, rows
 from tests.zoo import GAPS, MIXED, NAMED, REAL, TEXTS, WORDS, Fitted, X
@@ -56,14 +57,6 @@ def tolerance(name: str) -> float:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # scikit-learn warns of unknown categories and empty columns
-generated = settings(
-    max_examples=4,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
 
 
 def signature_of(estimator: Any, data: Any) -> Signature:
@@ -130,7 +123,7 @@ def test_a_program_answers_and_refuses_generated_rows_as_the_fitted_object(find,
     it = find(name)
     estimator, model, program = compiled(find, name)
 
-    @generated
+    @generated(4)
     @given(rows(it))
     def check(drawn):
         sent = as_sent(it, model, drawn, False, 0)
