@@ -16,6 +16,7 @@ from app.rates import Bucket, Rate
 Headers = Iterable[tuple[bytes, bytes]]
 """As ASGI has them: names in lower case."""
 
+CALLER = "diskless.caller"  # in a scope: the caller, where that is known already
 _SHOW = "show it as `Authorization: Bearer KEY` or as `X-API-Key: KEY`"
 
 
@@ -58,6 +59,7 @@ class Access:
         self._keys = (*keys, *admin_keys)
         self.needs_key = bool(keys)  # for predictions
         admins = {key.digest for key in admin_keys}
+        self._has_administrators = bool(admins)
         names = sorted({key.name for key in keys})
         self.names = (*names, *sorted({key.name for key in admin_keys} - {*names}))
         places = {name: place for place, name in enumerate(self.names)}
@@ -92,7 +94,7 @@ class Access:
 
     def to_administer(self, headers: Headers) -> Caller:
         """Return who asks for what only administrators may. Raises `Unauthorized` and `Forbidden`."""
-        if not any(caller.is_admin for caller in self._callers.values()):
+        if not self._has_administrators:
             raise Forbidden("this needs an administrator's key, and none is set here: set ML_ADMIN_KEYS")
         caller = self.caller(headers)
         if caller is None:
@@ -104,9 +106,8 @@ class Access:
     def described(self) -> str:
         """Return in a line who may do what, for whoever starts the service."""
         predictions = "need a key" if self.needs_key else "are open to anyone (ML_API_KEYS is not set)"
-        admins = any(caller.is_admin for caller in self._callers.values())
         status = "the status needs a key" if self._keys else "the status is refused"
-        rest = "need an administrator's key" if admins else "are refused (ML_ADMIN_KEYS is not set)"
+        rest = "need an administrator's key" if self._has_administrators else "are refused (ML_ADMIN_KEYS is not set)"
         return f"predictions {predictions}; {status}; refreshing and metrics {rest}"
 
     def caller(self, headers: Headers) -> Caller | None:

@@ -23,6 +23,7 @@ from app.limits import Limits, connections_within_files
 logger = logging.getLogger("diskless.server")
 SWEEP_SECONDS = 0.5
 GRACE_SECONDS = 1.0  # a connection that is idle for less may be about to send its request
+HEALTH_PLACES = 16  # beside all others, for who asks how the service is while it answers as many requests as it may
 FULL_SECONDS = 0.1  # after all were found busy, for which newcomers are closed without looking again
 UNREAD_BYTES = 64 * 1024  # a client that has read so much of its answers has time anew
 
@@ -77,6 +78,10 @@ class Connection(Protocol):
 
     watch: Watch
     transport: Any
+    for_health: bool
+
+    def keep_for_health(self) -> None:
+        """Be `for_health`: answer one request for the service's health, and refuse anything else."""
 
     def state(self) -> State:
         """Return what it is at, and an object and a number that are others for the next request, or with progress."""
@@ -110,6 +115,7 @@ class Connections(ServerState):
         self._swept_at = monotonic()
         self._evictable: deque[Connection] = deque()
         self._full_until = 0.0
+        self._for_health: deque[Connection] = deque()
         self._closed: Counter[str] = Counter()  # since the latest sweep
 
     def sweep(self) -> None:
@@ -137,7 +143,8 @@ class Connections(ServerState):
         """Close a connection, as there is one too many: the one that has been idle longest, or else one that is waited for.
 
         Who fills the server pays first: when nothing is idle for a second, the oldest of those goes that are more, idle or
-        waited for. What is being answered stays; when there is nothing else, the newcomer goes.
+        waited for. What is being answered stays; when there is nothing else, there is a place for the newcomer only if it asks
+        for the service's health.
         """
         connection = self._first_to_go()
         now = monotonic()
@@ -147,14 +154,40 @@ class Connections(ServerState):
             if connection is None:
                 self._full_until = now + FULL_SECONDS
         if connection is None:
-            self._closed["turned_away"] += 1
-            newcomer.transport.abort()
+            self._keep_for_health(newcomer)
             return
+        if connection.for_health:
+            self._keep_for_health(newcomer)
         self._closed["to_make_room"] += 1
         if connection.watch.stage in (Stage.HEAD, Stage.BODY):
-            connection.reject(Overloaded(f"all of the {self.most} connections are taken: try again"))
+            connection.reject(self.all_taken())
         else:
             connection.transport.abort()
+
+    def _keep_for_health(self, newcomer: Connection) -> None:
+        """Give a newcomer one of the places for health checks: the oldest goes of those that have not asked yet."""
+        asking: list[Connection] = []
+        while self._for_health and len(self._for_health) + len(asking) >= HEALTH_PLACES:
+            oldest = self._for_health.popleft()
+            if oldest not in self.connections or oldest.transport.is_closing():
+                continue
+            stage = oldest.state()[0]
+            if stage not in (Stage.ANSWERING, Stage.UNREAD) and not (stage in _QUIET and oldest.has_arrived()):
+                self._closed["to_make_room"] += 1
+                oldest.transport.abort()
+            else:
+                asking.append(oldest)
+        self._for_health.extendleft(reversed(asking))
+        if len(self._for_health) < HEALTH_PLACES:
+            newcomer.keep_for_health()
+            self._for_health.append(newcomer)
+        else:
+            self._closed["turned_away"] += 1
+            newcomer.transport.abort()
+
+    def all_taken(self) -> Overloaded:
+        """Return what a client is told for which there is no place."""
+        return Overloaded(f"all of the {self.most} connections are taken: try again")
 
     def _first_to_go(self) -> Connection | None:
         """Return the first that is still at what it was when they were put in order."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, override
 
 from app import errors, log
-from app.auth import ANYONE
+from app.auth import ANYONE, CALLER
 from app.bundle import Bundle
 from app.channel import Channel, Closed, Message
 from app.errors import BundleError, DisklessError, LoadFailed
@@ -492,7 +492,7 @@ async def _rehearsed(app: Any) -> None:
             **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"},
             **{"method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""},
             **{"headers": [(b"host", b"localhost")], "client": None, "server": None, "state": {}},
-            "diskless.caller": ANYONE,
+            CALLER: ANYONE,
         }
         await app(scope, receive, send)
     app.predictor.observer.is_muted, app.hosts = False, hosts

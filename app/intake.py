@@ -22,7 +22,10 @@ Draft = list[Any]
 """Rows that have been validated: a list or tuple of values for each, in the signature's order, or a text or record."""
 
 MAX_COLUMNS = 2000  # that a type of its own is made for
+PARTS_BYTES = 1 << 18  # are looked at at a time
 PACKED_VALUES = 1 << 16  # so many are handed over at a time
+# Bytes of memory, in CPython: a list or a string, without what is in it; a dictionary; a number and the pointer to it.
+ROW_WEIGHT, RECORD_WEIGHT, VALUE_WEIGHT = 72, 240, 32
 
 # Beyond 64 bits the careful way reads a float.
 _INTEGER: Any = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -41,6 +44,22 @@ class Envelope(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 open_envelope = msgspec.json.Decoder(Envelope).decode
+
+
+def has_more_parts(body: bytes, most: int) -> bool:
+    """Whether there are more than so many lists and objects in some JSON. It makes no object for any of them."""
+    bare = body.replace(rb"\\", b"__").replace(
+        rb"\"", b"__"
+    )  # every quotation mark that is left begins or ends a string
+    parts, inside = 0, 0
+    for start in range(0, len(bare), PARTS_BYTES):
+        text = np.frombuffer(bare[start : start + PARTS_BYTES], np.uint8)
+        in_string = (np.cumsum(text == ord('"'), dtype=np.uint8) + np.uint8(inside)) & 1
+        parts += int(np.count_nonzero(((text == ord("[")) | (text == ord("{"))) & (in_string == 0)))
+        if parts > most:
+            return True
+        inside = int(in_string[-1])
+    return False
 
 
 class Intake:
@@ -74,6 +93,15 @@ class Intake:
                 record = self._record(types)
                 self._decode = _decoder(listed if record is None else listed | record)
                 self.draft = self._draft_columns
+
+    def weight(self, count: int, size: int) -> int:
+        """Return about how many bytes of memory a draft of so many rows takes; `size` is that of the request's body."""
+        if self._signature.layout == "text":
+            return count * ROW_WEIGHT + 2 * size
+        if self._signature.layout == "records" or not self._width:
+            return count * RECORD_WEIGHT + 16 * size
+        has_texts = any(spec.datatype == "BYTES" for spec in self._signature.inputs)
+        return count * (ROW_WEIGHT + self._width * VALUE_WEIGHT) + (2 * size if has_texts else 0)
 
     def _row_of_numbers(self, dtype: np.dtype[Any]) -> Any:
         number = _number(dtype)

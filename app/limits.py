@@ -7,6 +7,9 @@ import resource
 from typing import NamedTuple
 
 COUNTED_BYTES = 64 * 1024  # smaller bodies are bounded by the number of connections
+# Of larger bodies the rows are counted. Rows of numbers take up to 16 times the bytes of their body, so those of smaller bodies
+# take no more than 64 MB where as many wait for a model as may by default.
+WEIGHED_BYTES = 4096
 FILES_BESIDE = 128  # that the process opens for other things than its callers: the bucket, models, other processes
 FEWEST_CONNECTIONS = 16  # however few files may be open
 
@@ -21,7 +24,10 @@ class Limits(NamedTuple):
 
 
 class PendingBytes:
-    """How many bytes of request bodies are held by all requests together, and how many may be. Belongs to the event loop."""
+    """How many bytes of request bodies, or of the rows in them, all requests hold together, and how many they may.
+
+    Belongs to the event loop.
+    """
 
     __slots__ = ("held", "most")
 
@@ -58,6 +64,10 @@ class Claim:
         self._pending.held += more
         self.held = total
         return True
+
+    def hold_rows(self, weight: int) -> bool:
+        """Hold the bytes that a body's rows take instead of its own. What is there alone may be of any size."""
+        return self.hold(weight, even_if_full=self._pending.held == self.held)
 
     def release(self) -> None:
         """Hold nothing any more. May be called again."""

@@ -12,13 +12,13 @@ import random
 from time import perf_counter
 from typing import Any, ClassVar
 
-from app.service_counters import ServiceCounters
+from app.service_counters import Route, ServiceCounters
 from app.spans import Headers, Parent, Trace
 
 logger = logging.getLogger("diskless.access")
-FAILURES_PER_SECOND = (
-    50  # lines about requests that were refused or failed; a flood of them must not become one of lines
-)
+# Lines about requests that were refused or failed: a flood of them must not become one of lines.
+FAILURES_PER_SECOND = 50
+RECORD = "diskless.record"  # in a scope: the record of its request
 PHASES = ("decode", "queue", "predict", "encode")
 
 
@@ -30,7 +30,7 @@ class Record:
         *("model", "request_id", "route", "rows", "submitted", "trace", "version"),
     )
 
-    def __init__(self, route: str, request_id: str, *, began: float | None = None) -> None:
+    def __init__(self, route: Route, request_id: str, *, began: float | None = None) -> None:
         self.route = route
         self.request_id = request_id
         self.began = perf_counter() if began is None else began
@@ -74,13 +74,13 @@ class Observer:
         self._failures_left = FAILURES_PER_SECOND
         self._unlogged = 0
 
-    def begin(self, route: str, request_id: str, parent: Parent | None = None) -> Record:
+    def begin(self, route: Route, request_id: str, parent: Parent | None = None) -> Record:
         """Return the record of a request whose turn it is, and count from there to the next."""
         record = Record(route, request_id)
         self._elect(record, parent)
         return record
 
-    def follow(self, route: str, request_id: str, parent: Parent) -> Record | None:
+    def follow(self, route: Route, request_id: str, parent: Parent) -> Record | None:
         """Return the record of a request that is told of because its caller traces it, if it is; it is no one's turn."""
         del route, request_id, parent
         return None
@@ -113,9 +113,9 @@ class Observer:
             return
         self.service.responded(record.route, status, record.code)
         if status < 400:
-            if record.is_sampled and record.route != "health":
+            if record.is_sampled and record.route is not Route.HEALTH:
                 logger.info("request", extra={"fields": _fields(record, status)})
-        elif record.route != "health" and self._may_log_failure():
+        elif record.route is not Route.HEALTH and self._may_log_failure():
             fields = _fields(record, status)
             if self._unlogged:
                 fields["unlogged_before"], self._unlogged = self._unlogged, 0

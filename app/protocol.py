@@ -32,6 +32,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.api.headers import SAFE_JSON, lines_of
+from app.api.routes import HEALTH
 from app.connections import SWEEP_SECONDS, UNREAD_BYTES, Connections, Stage, State, Watch
 from app.errors import HeadersTooLarge, InvalidRequest, RequestError
 from app.limits import Limits
@@ -43,6 +44,7 @@ logger = logging.getLogger("diskless.server")
 LINGER_SECONDS = 1.0  # how long a silent connection is kept open after the signal to stop
 POLL_SECONDS = 0.02
 LAST_WORDS_SECONDS = 0.5  # for the answers to what was given up
+ACCEPTED_AT_ONCE = 128  # of those that wait when the connections are looked after
 SPARE_FILES = 4  # with fewer left that the process could open, it accepts no connection
 EXIT_SECONDS = 3.0  # beyond the drain; then the process ends whatever a model's thread is still computing
 MAX_HEAD_BYTES = 64 * 1024  # of a head that comes in pieces; what comes at once is bounded by what is read at once
@@ -80,6 +82,7 @@ class DrainingProtocol(HttpToolsProtocol):
 
     server_state: Connections
 
+    for_health = False
     _stopping = False
     _broken: RequestError | None = None  # why nothing is read any more; to be told when what came before is answered
     _offer: bytes | None = None  # the head of a request that offers another protocol, without the offer
@@ -176,13 +179,17 @@ class DrainingProtocol(HttpToolsProtocol):
         """Start a request; once stopping, its answer says that the connection closes."""
         if len(self.headers) > MAX_HEADERS:
             raise _too_many_headers()
+        if self.for_health and self.url.partition(b"?")[0].decode("latin-1") not in HEALTH:
+            raise self.server_state.all_taken()
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._offer = self._head_without_offer()
             return
         self._idle_bytes = -1
         before = self.cycle
         super().on_headers_complete()
-        if self._stopping and self.cycle is not before and not self._later:
+        if self.for_health:
+            self._close_after(self.cycle)
+        elif self._stopping and self.cycle is not before and not self._later:
             if before is not None and before is self._last and not before.response_started:
                 before.keep_alive = True  # this one was sent behind it without waiting: it is owed an answer, too
             self._close_after(self.cycle)
@@ -243,6 +250,10 @@ class DrainingProtocol(HttpToolsProtocol):
         if cycle is None or cycle.scope is not self.scope:
             return Stage.HEAD, self.scope, 0
         return Stage.BODY, cycle, 0
+
+    def keep_for_health(self) -> None:
+        """Answer one request for the service's health, and refuse anything else."""
+        self.for_health = True
 
     def is_held_up(self) -> bool:
         """Whether the application has not asked for what has not arrived of a body."""
@@ -438,6 +449,7 @@ class DrainingServer(uvicorn.Server):
             try:
                 self.connections.sweep()
                 await self._mind_the_files()
+                await self._accept_waiting()
             except Exception:
                 logger.exception("the connections could not be looked after")
 
@@ -458,10 +470,19 @@ class DrainingServer(uvicorn.Server):
             )
             logger.warning("connections are accepted again")
 
+    async def _accept_waiting(self) -> None:
+        """Accept several connections at once. The event loop accepts one in a turn, and may be busy for long in each."""
+        loop = asyncio.get_running_loop()
+        for sock, duplicate in self._listening:
+            if duplicate.fileno() >= 0 and not self.should_exit:
+                for connection in _accept_all(sock, ACCEPTED_AT_ONCE):
+                    await loop.connect_accepted_socket(self._protocol, connection)
+
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop to listen, answer everything that was accepted, and end the application."""
         logger.info("stopping")
+        # Closing the listeners would reset those that the event loop has not seen yet.
         waiting = [connection for sock in sockets or () for connection in _accept_all(sock)]
         for server in self.servers:
             server.close()
@@ -514,12 +535,12 @@ def _can_open(count: int) -> bool:
     return True
 
 
-def _accept_all(sock: socket.socket) -> list[socket.socket]:
-    """Take what the kernel has accepted and the event loop has not seen: closing the listener would reset it."""
+def _accept_all(sock: socket.socket, most: int = sys.maxsize) -> list[socket.socket]:
+    """Take what the kernel has accepted and the event loop has not seen."""
     sock.setblocking(False)
-    connections = []
+    connections: list[socket.socket] = []
     with contextlib.suppress(OSError):  # BlockingIOError at the end; a connection may also have gone meanwhile
-        while True:
+        while len(connections) < most:
             connection, _ = sock.accept()
             connection.setblocking(False)
             connections.append(connection)

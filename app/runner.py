@@ -25,6 +25,7 @@ from app import log
 from app.counters import Counters
 from app.errors import Overloaded, PredictionFailed, PredictionTimeout, RequestError
 from app.intake import Draft, Intake
+from app.limits import WEIGHED_BYTES
 from app.model import Model, Prediction, part_of, wire
 from app.observer import Record
 from app.signature import Rows
@@ -97,6 +98,15 @@ class Job:
         self.deadline = 0.0  # by perf_counter, in seconds
         self.awaited = True
         self.alone = False  # it has been in a batch that failed
+
+    def drop_rows(self) -> None:
+        """Let go of the rows, which are not computed any more: a connection keeps its latest job.
+
+        Those of a small body stay until the next ones are made. To free them before costs a small request 0.7 µs: the memory
+        is not warm any more.
+        """
+        if self.size > WEIGHED_BYTES:
+            self.draft = self.rows = None
 
     def succeed(self, result: Result, start: int, stop: int) -> None:
         """Take the rows `start` up to `stop` of a batch's result. Must not raise."""
@@ -331,6 +341,11 @@ class Runner:
         job.takes_time = self._computing is not None or (job.awaited and not self._is_cheap([job]))
         return job
 
+    def hurry(self) -> None:
+        """Compute what is queued now instead of at the end of this turn of the event loop, unless the thread is to do that."""
+        if self._scheduled and self._computing is None:
+            self._flush()
+
     async def predict(self, rows: Rows, method: str) -> Prediction:
         """Return the model's answer for the rows. Raises `Overloaded`, `PredictionTimeout`, and what `Model.predict` raises."""
         promise = self.promise(self.targets[method], log.request_id.get(), rows.count, rows=rows)
@@ -367,6 +382,8 @@ class Runner:
     def _flush(self) -> None:
         """Compute what is queued, batch by batch, here as long as that is cheap."""
         self._scheduled = False
+        if self._computing is not None:  # it was hurried, and the thread has the rest
+            return
         spent = 0.0
         while jobs := self._next_batch():
             if not self._is_cheap(jobs):
@@ -454,9 +471,11 @@ class Runner:
         while queue and count < most:
             job = queue.popleft()
             if not job.awaited:
+                job.drop_rows()
                 continue
             if job.deadline <= now:
                 self._expire(job)
+                job.drop_rows()
                 continue
             if not jobs:
                 kind = self._kind(job)
@@ -516,6 +535,7 @@ class Runner:
                 if jobs[0].record is not None:
                     jobs[0].record.computing, jobs[0].record.computed = begun, now
                 self._fail(jobs[0], outcome)
+                jobs[0].drop_rows()
             return
         start = 0
         for job in jobs:
@@ -526,6 +546,8 @@ class Runner:
                     job.record.computing, job.record.computed = begun, now
                 counters.answered(job.count, now - job.started)
                 job.succeed(outcome, start, stop)
+            if job.size > WEIGHED_BYTES:
+                job.drop_rows()
             start = stop
         counters.computed(start)
         if seconds is not None:
@@ -575,4 +597,7 @@ class Runner:
 
     def _drop_unawaited(self) -> None:
         """Let go of what nobody waits for: it shall take no one's place."""
+        for job in self._queue:
+            if not job.awaited:
+                job.drop_rows()
         self._queue = deque(job for job in self._queue if job.awaited)

@@ -39,6 +39,8 @@ class Route(enum.StrEnum):
     DOCS = "docs"
     OTHER = "other"
 
+    __hash__ = str.__hash__  # that of Enum is written in Python
+
 
 Look = Literal["unchanged", "changed", "failed"]
 LOOKS: tuple[Look, ...] = ("unchanged", "changed", "failed")
@@ -93,11 +95,11 @@ _CALLERS = _layout.section([str(place) for place in range(2 * MAX_CALLERS)])
 _FIRST_CALLER = _CALLERS["0",]
 
 # The same for those who count in a hurry, without tuples.
-_RESPONSE_AT: Mapping[str, Mapping[int, int]] = {
+_RESPONSE_AT: Mapping[Route, Mapping[int, int]] = {
     route: {int(status): place for (found, status), place in _RESPONSES.items() if found == route and status != OTHER}
     for route in Route
 }
-_OTHER_RESPONSE_AT: Mapping[str, int] = {route: _RESPONSES[route, OTHER] for route in Route}
+_OTHER_RESPONSE_AT: Mapping[Route, int] = {route: _RESPONSES[route, OTHER] for route in Route}
 _PREDICTED = _RESPONSES[Route.PREDICT, "200"]
 _REFUSAL_AT = {code: place for (code,), place in _REFUSALS.items() if code not in AT_A_MODEL}
 
@@ -107,12 +109,12 @@ class ServiceCounters(Cells):
 
     CELLS = _layout.size
 
-    def responded(self, route: str, status: int, code: str | None = None) -> None:
+    def responded(self, route: Route, status: int, code: str | None = None) -> None:
         """Count an answer to a request for a `Route`, and the code of its error if it is one. Each answer is counted once."""
         try:
             self.cells[_RESPONSE_AT[route][status]] += 1
         except KeyError:
-            self.cells[_OTHER_RESPONSE_AT.get(route, _OTHER_RESPONSE_AT[Route.OTHER])] += 1
+            self.cells[_OTHER_RESPONSE_AT[route]] += 1
         if code is not None:
             self.refused(code)
 

@@ -385,7 +385,7 @@ class Settings(BaseSettings):
         "ML_MAX_PENDING_BYTES",
         default=64 * 1024 * 1024,
         ge=1024,
-        description="most bytes of large bodies that a worker holds at the same time, and never less than `ML_MAX_BODY_BYTES`",
+        description="most bytes of large bodies, and of rows that wait, that a worker holds; never less than `ML_MAX_BODY_BYTES`",
     )
 
     # Browsers and hosts

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, override
 from app import __version__
 from app.errors import SettingsError
 from app.observer import PHASES, Observer, Record, gap
-from app.service_counters import ServiceCounters
+from app.service_counters import Route, ServiceCounters
 from app.spans import Headers, Parent, Span, Trace, new_id, read_parent
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class TracingObserver(Observer):
         self._count()
 
     @override
-    def begin(self, route: str, request_id: str, parent: Parent | None = None) -> Record:
+    def begin(self, route: Route, request_id: str, parent: Parent | None = None) -> Record:
         record = super().begin(route, request_id, parent)
         self._follow(record, parent)
         return record
@@ -94,7 +94,7 @@ class TracingObserver(Observer):
         return self._exporter.has_room()
 
     @override
-    def follow(self, route: str, request_id: str, parent: Parent) -> Record | None:
+    def follow(self, route: Route, request_id: str, parent: Parent) -> Record | None:
         if not self._exporter.has_room():
             return None
         record = Record(route, request_id)
@@ -128,7 +128,7 @@ class TracingObserver(Observer):
             record.is_sampled = True
             self._until_log = gap(self._sample)
         if self._until_trace <= 0:
-            if parent is not None or record.route == "health":
+            if parent is not None or record.route is Route.HEALTH:
                 self._until_trace = 1  # it is the next one's turn
             elif self._exporter.has_room():
                 record.trace = Trace()
@@ -138,7 +138,7 @@ class TracingObserver(Observer):
         self._count()
 
     def _follow(self, record: Record, parent: Parent | None) -> None:
-        if parent is not None and parent.is_sampled and record.route != "health" and self._exporter.has_room():
+        if parent is not None and parent.is_sampled and record.route is not Route.HEALTH and self._exporter.has_room():
             record.trace = Trace(parent)
 
     def _count(self) -> None:

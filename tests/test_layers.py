@@ -104,6 +104,7 @@ ORDER = [
     "metrics",
     "auth",
     "api.headers",
+    "api.routes",
     "api.compression",
     "api.errors",
     "api.guards",

@@ -66,11 +66,7 @@ POLICY = "; ".join(
         "frame-ancestors 'none'",
     ]
 )
-_HEADERS = {
-    "content-security-policy": POLICY,
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
+_HEADERS = {"content-security-policy": POLICY, "referrer-policy": "no-referrer"}
 
 
 def router(document: Document, access: Access) -> APIRouter:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from app import log
 from app.errors import DisklessError, RateLimited, RequestError, Unauthorized, UnsupportedEncoding
 from app.names import shortened
-from app.observer import Record
+from app.observer import RECORD
 
 logger = logging.getLogger("diskless.api")
 
@@ -108,13 +108,10 @@ def json_response(status: int, body: bytes, headers: Mapping[str, str] | None = 
 
 async def on_error(request: Request, error: Exception) -> Response:
     """Answer an error of ours that a FastAPI route raised, or anything else that one did."""
-    record: Record | None = request.scope.get("diskless.record")
     if isinstance(error, RequestError):
-        if record is not None:
-            record.code = error.code
+        _note(request, error.code)
         return json_response(*encode(error))
-    if record is not None:
-        record.code = "internal_error"
+    _note(request, "internal_error")
     logger.error("a route failed", exc_info=error, extra={"fields": {"path": request.url.path}})
     return json_response(*internal())
 
@@ -123,14 +120,18 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     """Answer what Starlette raises itself (no such route, no such method) in the same form."""
     assert isinstance(error, HTTPException)
     code = _BY_STATUS.get(error.status_code, "request_failed")
-    if (record := request.scope.get("diskless.record")) is not None:
-        record.code = code
+    _note(request, code)
     body = _dumps({"error": code, "detail": f"{request.method} {shown(request.url.path)}: {error.detail}"})
     headers = dict(error.headers or {})
     if "Allow" in headers:
         allowed = {method.strip() for method in headers["Allow"].split(",")}
         headers["Allow"] = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set())))
     return json_response(error.status_code, body, headers)
+
+
+def _note(request: Request, code: str) -> None:
+    if (record := request.scope.get(RECORD)) is not None:
+        record.code = code
 
 
 def shown(text: str) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
 
-from app.auth import ANYONE, Access, Caller
+from app.auth import ANYONE, CALLER, Access, Caller
+from app.observer import RECORD
 
 Guard = Callable[[Request], Awaitable[None]]
 
@@ -15,7 +16,7 @@ def key_needed(access: Access) -> Guard:
     """Return what lets whoever has a key through. The process itself may say in the scope who calls."""
 
     async def guard(request: Request) -> None:
-        _note(request, request.scope.get("diskless.caller") or access.to_look(request.scope["headers"]))
+        _note(request, request.scope.get(CALLER) or access.to_look(request.scope["headers"]))
 
     return guard
 
@@ -32,5 +33,5 @@ def admin_needed(access: Access) -> Guard:
 
 
 def _note(request: Request, caller: Caller) -> None:
-    if (record := request.scope.get("diskless.record")) is not None:
+    if (record := request.scope.get(RECORD)) is not None:
         record.caller = caller.name

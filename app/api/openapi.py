@@ -24,9 +24,10 @@ from app.api import schemas
 from app.api.errors import STATUS, json_response, responses
 from app.api.predict import FIELDS, Predictor, request_id
 from app.model import Model
-from app.observer import Record
+from app.observer import RECORD, Record
 from app.registry import Registry
 from app.runner import Result, Runner
+from app.service_counters import Route
 from app.worker import Worker
 
 logger = logging.getLogger("diskless.api")
@@ -110,7 +111,7 @@ def router(predictor: Predictor) -> APIRouter:
 
 
 async def _through_fastapi(predictor: Predictor, request: Request, name: str | None) -> Response:
-    record = request.scope.get("diskless.record") or Record("predict", request_id(request.scope))
+    record = request.scope.get(RECORD) or Record(Route.PREDICT, request_id(request.scope))
     answer = await predictor.handle(request.scope, request.receive, name, record)
     if answer is None:
         return Response(status_code=499)  # nobody is there to read it

@@ -21,6 +21,7 @@ import orjson
 from app import log
 from app.api import compression, errors
 from app.api.headers import SAFE_JSON, Hosts, completed
+from app.api.routes import HEALTH, ROUTES
 from app.auth import Access
 from app.errors import (
     InvalidInput,
@@ -31,11 +32,12 @@ from app.errors import (
     RequestError,
     RequestTooLarge,
 )
-from app.intake import Draft, open_envelope
-from app.limits import COUNTED_BYTES, Claim, PendingBytes
-from app.observer import Observer, Record
+from app.intake import Draft, has_more_parts, open_envelope
+from app.limits import COUNTED_BYTES, WEIGHED_BYTES, Claim, PendingBytes
+from app.observer import RECORD, Observer, Record
 from app.registry import Registry
 from app.runner import CallerGone, Runner, Target
+from app.service_counters import Route
 from app.signature import Rows
 
 logger = logging.getLogger("diskless.api")
@@ -43,10 +45,12 @@ FIELDS = ("model", "instances", "method", "version", "alias")
 PATH = re.compile(r"/models/([^/]+)/predict\Z")
 TEMPLATES = ("/predict", "/models/{name}/predict")  # the second where the path names the model
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,200}\Z")
-HEALTH = frozenset(("/health", "/health/live", "/health/ready"))
 DISCARD_SECONDS = 2.0  # how long the rest of a refused body is read, so that its sender gets to see the refusal
 SMALL_BODY_BYTES = 64 * 1024  # of a request that is refused unread: so much more is taken for the connection to go on
 TIMEOUT = re.compile(rb"\d{1,6}(\.\d{1,6})?\Z")
+# A list of nothing takes 2 bytes of a body and 64 of memory. So many lists and objects a row may have are more than any has.
+PARTS_PER_ROW = 16
+SCANNED_BYTES = 256 * 1024  # in smaller bodies there are too few of them to matter
 MAX_DEPTH = 1024  # of lists and objects in each other: orjson's own limit, where every deeper one is refused
 REFUSAL = "diskless.refusal"  # in a scope: the error that a server wants it to be answered with
 MAX_LABEL = 100  # characters of a model name, a version, an alias; no method's name is longer
@@ -90,6 +94,8 @@ class Predictor:
 
     def plain(self, body: bytes, name: str | None = None) -> tuple[Runner, Target, Draft] | None:
         """Return who computes a plain request, what it asks for, and its validated rows; None for any other request, right or wrong."""
+        if len(body) > SCANNED_BYTES and self._has_too_many_parts(body):
+            return None
         try:
             envelope = open_envelope(body)
         except Exception:  # whatever it is, the careful way has a sentence for it
@@ -115,6 +121,11 @@ class Predictor:
 
     def decode(self, body: bytes, name: str | None, record: Record) -> tuple[Runner, Target, Rows]:
         """Parse and validate any request; `record` learns whose it is. Raises the `RequestError` that says what is wrong with it."""
+        if len(body) > SCANNED_BYTES and self._has_too_many_parts(body):
+            most = PARTS_PER_ROW * self.max_rows
+            raise RequestTooLarge(
+                f"expected at most {self.max_rows} rows in one request, got a body of more than {most} lists and objects"
+            )
         try:
             request = orjson.loads(body)
         except orjson.JSONDecodeError as error:
@@ -152,6 +163,20 @@ class Predictor:
             raise
         return runner, runner.targets[method], rows
 
+    def _has_too_many_parts(self, body: bytes) -> bool:
+        """Whether a body has more lists and objects than the rows that it may have: decoded, they take many times its memory."""
+        most = PARTS_PER_ROW * self.max_rows
+        return body.count(b"[") + body.count(b"{") > most and has_more_parts(body, most)
+
+    def hold_rows(self, claim: Claim, runner: Runner, count: int, size: int) -> None:
+        """Claim the memory that the rows of a body take until it is answered; `size` is the body's. Raises `Overloaded`."""
+        weight = runner.intake.weight(count, size)
+        if not claim.hold_rows(weight):
+            runner.hurry()
+            if not claim.hold_rows(weight):
+                runner.counters.failed(Overloaded.code)
+                raise Overloaded(self.pending.refusal(weight))
+
     async def handle(self, scope: Scope, receive: Any, name: str | None, record: Record) -> Answer | None:
         """Answer an ASGI request; `name` is the model that the path named, if it did. `record` learns what it came to.
 
@@ -178,6 +203,7 @@ class Predictor:
             if compressed:
                 body = await self._decompressor.run(body)
                 self._hold(claim, len(body))
+            size = len(body)
             asked = self.plain(body, name)
             rows: dict[str, Any]
             if asked is not None:
@@ -186,9 +212,12 @@ class Predictor:
             else:
                 runner, target, validated = self.decode(body, name, record)
                 count, rows = validated.count, {"rows": validated}
+            del body, message  # only the rows are held while they wait
             record.model, record.version, record.rows = target.name, target.version, count
+            if size > WEIGHED_BYTES:
+                self.hold_rows(claim, runner, count, size)
             promise = runner.promise(
-                target, record.request_id, count, timeout=timeout, record=record, size=len(body), **rows
+                target, record.request_id, count, timeout=timeout, record=record, size=size, **rows
             )
             if promise.takes_time:
                 promise.watch(receive)
@@ -259,6 +288,11 @@ class Predictor:
         return RequestTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
 
 
+def read_length(value: bytes) -> int | None:
+    """Return the bytes that a `Content-Length` says; None if it is none, or none that any body has."""
+    return int(value) if value.isdigit() and len(value) <= 15 else None
+
+
 def read_timeout(value: bytes) -> float | None:
     """Return the seconds that an `X-Request-Timeout` says; None if it is none."""
     return float(value) or None if TIMEOUT.match(value) else None
@@ -284,18 +318,6 @@ def predicted_model(scope: Scope) -> tuple[bool, str | None]:
         return True, None
     match = PATH.match(path)
     return (True, match[1]) if match else (False, None)
-
-
-ROUTES = {
-    "/models/status": "status",
-    "/models/refresh": "refresh",
-    "/metrics": "metrics",
-    "/openapi.json": "openapi",
-    "/docs": "docs",
-    "/health": "health",
-    "/health/live": "health",
-    "/health/ready": "health",
-}
 
 
 def _path(scope: Scope) -> str:
@@ -346,7 +368,7 @@ class Front:
         identity = request_id(scope)
         ours, name = predicted_model(scope)
         if ours:
-            record = Record("predict", identity)
+            record = Record(Route.PREDICT, identity)
             self._observer.choose(record, scope["headers"])
             if record.trace is not None:
                 record.trace.template = TEMPLATES[name is not None]
@@ -358,7 +380,7 @@ class Front:
                 self._observer.tell(record, answer.status)
             return
         path = scope["path"]
-        record = Record(ROUTES.get(path, "other"), identity)
+        record = Record(ROUTES.get(path, Route.OTHER), identity)
         self._observer.choose(record, scope["headers"])
         if record.trace is not None:
             record.trace.method, record.trace.template = scope["method"], path if path in ROUTES else None
@@ -376,7 +398,7 @@ class Front:
             if message["type"] == "http.response.start" and all(
                 name != b"x-request-id" for name, _ in message["headers"]
             ):
-                preflight, status = Record("other", request_id(scope)), message["status"]
+                preflight, status = Record(Route.OTHER, request_id(scope)), message["status"]
                 headers = completed(message["headers"], (b"x-request-id", preflight.request_id.encode()))
                 message = {**message, "headers": headers}
             await send(message)
@@ -391,7 +413,7 @@ class Front:
 
     async def _refuse(self, code: str, answer: Answer, scope: Scope, receive: Any, send: Any) -> None:
         """Refuse a request before anybody looks at what it asks for."""
-        record = Record("other", request_id(scope))
+        record = Record(Route.OTHER, request_id(scope))
         record.code = code
         await _send(answer, scope, record.request_id, receive, send)
         self._observer.tell(record, answer.status)
@@ -415,7 +437,7 @@ class Front:
                     message = {**message, "body": b""}
             await send(message)
 
-        scope = {**scope, "diskless.record": record}
+        scope = {**scope, RECORD: record}
         try:
             await self.rest({**scope, "method": "GET"} if bare else scope, receive, tagged)
         except Exception:
