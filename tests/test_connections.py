@@ -47,11 +47,11 @@ QUICK = {"ML_HEADER_TIMEOUT_SECONDS": "1", "ML_BODY_TIMEOUT_SECONDS": "1", "ML_K
 def environment(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("bucket")
     manager = ModelStorageManager(LocalStorage(folder), trust=TRUST)
-    manager.save("sum", toys.Sum(), examples=POINTS)
-    manager.save("naps", toys.Naps(), examples=np.zeros((2, 3)))
+    manager.save("sum", toys.Sum(), examples=POINTS, compile=False)
+    manager.save("naps", toys.Naps(), examples=np.zeros((2, 3)), compile=False)
     letters = make_pipeline(CountVectorizer(analyzer="char", vocabulary=list('[{\\"')), LinearRegression())
     letters.fit([letter * count for letter in '[{\\"' for count in (1, 2)], [1, 2] * 4)  # it counts them
-    manager.save("letters", letters, examples=["[", "{["])
+    manager.save("letters", letters, examples=["[", "{["], compile=False)
     return {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(folder)}
 
 
