@@ -58,8 +58,7 @@ class Access:
     ) -> None:
         self._keys = (*keys, *admin_keys)
         self.needs_key = bool(keys)  # for predictions
-        admins = {key.digest for key in admin_keys}
-        self._has_administrators = bool(admins)
+        self._has_administrators = bool(admin_keys)
         names = sorted({key.name for key in keys})
         self.names = (*names, *sorted({key.name for key in admin_keys} - {*names}))
         places = {name: place for place, name in enumerate(self.names)}
@@ -68,9 +67,8 @@ class Access:
         buckets = {} if rate is None else {name: Bucket(rate, cells, place) for place, name in enumerate(names)}
         callers = {key.name: Caller(key.name, places[key.name], bucket=buckets.get(key.name)) for key in keys}
         administrators = {key.name: Caller(key.name, places[key.name], is_admin=True) for key in admin_keys}
-        self._callers = {
-            key.digest: administrators[key.name] if key.digest in admins else callers[key.name] for key in self._keys
-        }
+        self._callers = {key.digest: callers[key.name] for key in keys}
+        self._callers |= {key.digest: administrators[key.name] for key in admin_keys}
 
     def to_predict(self, headers: Headers) -> Caller:
         """Return who asks for a prediction. Raises `Unauthorized`."""

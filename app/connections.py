@@ -111,6 +111,7 @@ class Connections(ServerState):
             Stage.UNREAD: self._body,
             Stage.CLOSING: self._body,
         }
+        self.are_ending = False  # and so is each that comes
         self._clock = 0.0  # seconds in which the event loop ran: while it does not, what clients send is not read
         self._swept_at = monotonic()
         self._evictable: deque[Connection] = deque()

@@ -283,7 +283,7 @@ class DirectProtocol(DrainingProtocol):
         self._head: bytes | None = None  # of the request that the parser is about to read
         self._held: bytearray | None = None  # a request with a known head, whose body is still arriving
         self._exchange: Exchange | None = None
-        self._claim: Claim | None = None  # of a large body, or the rows in it, until its request is answered
+        self._claim: Claim | None = None  # of a large body, until its rows have it
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -445,8 +445,8 @@ class DirectProtocol(DrainingProtocol):
             if plan.caller.bucket is not None:
                 plan.caller.spend(exchange.started)
             if exchange.size > WEIGHED_BYTES:
-                self._claim = self._claim or Claim(self._shared.predictor.pending)
-                self._shared.predictor.hold_rows(self._claim, runner, exchange.count, exchange.size)
+                exchange.claim, self._claim = self._claim or Claim(self._shared.predictor.pending), None
+                self._shared.predictor.hold_rows(exchange.claim, runner, exchange.count, exchange.size)
             runner.submit(exchange)
         except (Overloaded, RateLimited) as error:
             exchange.fail(error)
@@ -505,8 +505,6 @@ class DirectProtocol(DrainingProtocol):
     def _send(self, exchange: Exchange, answer: bytes) -> None:
         exchange.response_started = exchange.response_complete = True
         self._exchange = None
-        if self._claim is not None:
-            self._release()
         if exchange.disconnected:
             return
         self.transport.write(answer)
@@ -600,7 +598,8 @@ class DirectProtocol(DrainingProtocol):
     def give_up(self) -> None:
         exchange, plan = self._exchange, self._plan
         if exchange is not None:
-            exchange.awaited = exchange.keep_alive = False
+            exchange.keep_alive = False
+            exchange.abandon()
             self.refuse(exchange, 503, STOPPING, {"retry-after": "5"}, "model_not_ready")
         elif plan is not None and not self.transport.is_closing():  # its body has not arrived
             identity = plan.request_id or new_request_id()
@@ -610,7 +609,7 @@ class DirectProtocol(DrainingProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         if self._exchange is not None:
-            self._exchange.awaited = False  # nobody is there to read it: it takes no one's place in the queue
+            self._exchange.abandon()  # nobody is there to read it: it takes no one's place in the queue
             self._exchange.disconnected = True
             self._exchange = None
         self._release()

@@ -26,6 +26,7 @@ PARTS_BYTES = 1 << 18  # are looked at at a time
 PACKED_VALUES = 1 << 16  # so many are handed over at a time
 # Bytes of memory, in CPython: a list or a string, without what is in it; a dictionary; a number and the pointer to it.
 ROW_WEIGHT, RECORD_WEIGHT, VALUE_WEIGHT = 72, 240, 32
+TEXT_WEIGHT = 4  # of each byte: one character of many bytes makes all others of its string as wide
 
 # Beyond 64 bits the careful way reads a float.
 _INTEGER: Any = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -97,11 +98,11 @@ class Intake:
     def weight(self, count: int, size: int) -> int:
         """Return about how many bytes of memory a draft of so many rows takes; `size` is that of the request's body."""
         if self._signature.layout == "text":
-            return count * ROW_WEIGHT + 2 * size
+            return count * ROW_WEIGHT + TEXT_WEIGHT * size
         if self._signature.layout == "records" or not self._width:
             return count * RECORD_WEIGHT + 16 * size
         has_texts = any(spec.datatype == "BYTES" for spec in self._signature.inputs)
-        return count * (ROW_WEIGHT + self._width * VALUE_WEIGHT) + (2 * size if has_texts else 0)
+        return count * (ROW_WEIGHT + self._width * VALUE_WEIGHT) + (TEXT_WEIGHT * size if has_texts else 0)
 
     def _row_of_numbers(self, dtype: np.dtype[Any]) -> Any:
         number = _number(dtype)

@@ -111,7 +111,7 @@ class Observer:
         """Tell of an answer that was sent."""
         if self.is_muted:
             return
-        self.service.responded(record.route, status, record.code)
+        self.service.responded(record.route, status, record.code, at_a_model=record.model is not None)
         if status < 400:
             if record.is_sampled and record.route is not Route.HEALTH:
                 logger.info("request", extra={"fields": _fields(record, status)})

@@ -25,7 +25,7 @@ from app import log
 from app.channel import Channel, Closed, Message
 from app.errors import SettingsError
 from app.processes import adopt_orphans, how_it_ended
-from app.tally import Tally
+from app.tally import GENERATIONS, Tally
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -198,7 +198,14 @@ class Supervisor:
         return peer
 
     def _number(self) -> int:
-        number, self._next_generation = self._next_generation, self._next_generation + 1
+        """Return the number of a generation to come: none whose workers would count where those of one do that is here."""
+        taken = {peer.generation % GENERATIONS for peer in self._peers}
+        for number in range(self._next_generation, self._next_generation + GENERATIONS):
+            if number % GENERATIONS not in taken:
+                break
+        else:
+            number = self._next_generation
+        self._next_generation = number + 1
         return number
 
     def _of(self, role: str) -> Iterator[_Peer]:

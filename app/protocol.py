@@ -21,7 +21,7 @@ import socket
 import sys
 import termios
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, override
@@ -100,6 +100,8 @@ class DrainingProtocol(HttpToolsProtocol):
         self.watch = Watch()
         if len(self.connections) > self.server_state.most:
             self.server_state.make_room(self)
+        if self.server_state.are_ending:  # it was accepted before
+            self.shutdown()
 
     @override
     def shutdown(self) -> None:
@@ -411,6 +413,7 @@ class DrainingServer(uvicorn.Server):
         self._listening: list[
             tuple[socket.socket, socket.socket]
         ] = []  # each, and its duplicate, which is the event loop's
+        self._accepting = asyncio.Lock()
 
     @override
     @contextlib.contextmanager
@@ -472,26 +475,37 @@ class DrainingServer(uvicorn.Server):
 
     async def _accept_waiting(self) -> None:
         """Accept several connections at once. The event loop accepts one in a turn, and may be busy for long in each."""
+        async with self._accepting:
+            for sock, duplicate in self._listening:
+                if duplicate.fileno() >= 0 and not self.should_exit:
+                    await self._take(_accept_all(sock, ACCEPTED_AT_ONCE))
+
+    async def _take(self, accepted: Sequence[socket.socket]) -> None:
+        """Begin with connections. One that cannot be begun with is closed."""
         loop = asyncio.get_running_loop()
-        for sock, duplicate in self._listening:
-            if duplicate.fileno() >= 0 and not self.should_exit:
-                for connection in _accept_all(sock, ACCEPTED_AT_ONCE):
-                    await loop.connect_accepted_socket(self._protocol, connection)
+        begun = await asyncio.gather(
+            *(loop.connect_accepted_socket(self._protocol, connection) for connection in accepted),
+            return_exceptions=True,
+        )
+        for connection, outcome in zip(accepted, begun, strict=True):
+            if isinstance(outcome, BaseException):
+                logger.error("a connection could not be begun", exc_info=outcome)
+                connection.close()
 
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop to listen, answer everything that was accepted, and end the application."""
-        logger.info("stopping")
-        # Closing the listeners would reset those that the event loop has not seen yet.
-        waiting = [connection for sock in sockets or () for connection in _accept_all(sock)]
-        for server in self.servers:
-            server.close()
-        for sock, _ in self._listening:
-            sock.close()
-        loop = asyncio.get_running_loop()
-        self.connections.most = sys.maxsize  # no others will come, and these were accepted
-        for connection in waiting:
-            await loop.connect_accepted_socket(self._protocol, connection)
+        logger.info("stopping", extra={"fields": {"pid": os.getpid()}})
+        self.connections.are_ending = True
+        async with self._accepting:  # what was being accepted has all come
+            # Closing the listeners would reset those that the event loop has not seen yet.
+            waiting = [connection for sock in sockets or () for connection in _accept_all(sock)]
+            for server in self.servers:
+                server.close()
+            for sock, _ in self._listening:
+                sock.close()
+            self.connections.most = sys.maxsize  # no others will come, and these were accepted
+            await self._take(waiting)
         for protocol in list(self.server_state.connections):
             protocol.shutdown()
         if not await self._idle_within(self._drain_seconds):
@@ -503,7 +517,7 @@ class DrainingServer(uvicorn.Server):
             await self._idle_within(LAST_WORDS_SECONDS)
         self._caretaker.cancel()
         await self.lifespan.shutdown()
-        logger.info("stopped")
+        logger.info("stopped", extra={"fields": {"pid": os.getpid()}})
 
     def _protocol(self) -> asyncio.Protocol:
         make: Any = self.config.http_protocol_class

@@ -25,7 +25,7 @@ from app import log
 from app.counters import Counters
 from app.errors import Overloaded, PredictionFailed, PredictionTimeout, RequestError
 from app.intake import Draft, Intake
-from app.limits import WEIGHED_BYTES
+from app.limits import WEIGHED_BYTES, Claim
 from app.model import Model, Prediction, part_of, wire
 from app.observer import Record
 from app.signature import Rows
@@ -71,7 +71,7 @@ class Result:
 class Job:
     """One request in the queue: rows that are validated already, either as `Rows` or as the draft of a plain request.
 
-    `size` is that of the request's body in bytes. Whoever makes one says what happens with its outcome. `awaited` becomes false when its caller has gone or was answered.
+    `size` is that of the request's body in bytes, `claim` what its rows hold of what all may hold, for as long as they are there. Whoever makes one says what happens with its outcome. `awaited` becomes false when its caller has gone or was answered.
     """
 
     # Whether requests of one turn of the event loop come so close to each other that one which does not is known to be alone.
@@ -79,8 +79,8 @@ class Job:
     comes_at_once: ClassVar[bool] = False
 
     __slots__ = (
-        *("alone", "awaited", "count", "deadline", "draft", "record", "request_id"),
-        *("rows", "size", "started", "target", "timeout"),
+        *("alone", "awaited", "claim", "count", "deadline", "draft", "record", "request_id"),
+        *("rows", "runner", "size", "started", "target", "timeout"),
     )
 
     def __init__(
@@ -98,6 +98,8 @@ class Job:
         self.deadline = 0.0  # by perf_counter, in seconds
         self.awaited = True
         self.alone = False  # it has been in a batch that failed
+        self.claim: Claim | None = None
+        self.runner: Runner | None = None  # of one whose rows are counted, as long as they are there
 
     def drop_rows(self) -> None:
         """Let go of the rows, which are not computed any more: a connection keeps its latest job.
@@ -106,7 +108,16 @@ class Job:
         is not warm any more.
         """
         if self.size > WEIGHED_BYTES:
-            self.draft = self.rows = None
+            self.draft = self.rows = self.runner = None
+            if self.claim is not None:
+                self.claim.release()
+                self.claim = None
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more: it is not computed, and its rows go, unless they are being computed already."""
+        self.awaited = False
+        if self.runner is not None:
+            self.runner.forget(self)
 
     def succeed(self, result: Result, start: int, stop: int) -> None:
         """Take the rows `start` up to `stop` of a batch's result. Must not raise."""
@@ -150,13 +161,13 @@ class Promise(Job):
     async def _until_gone(self, receive: Callable[[], Awaitable[Any]]) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.awaited = False
+        self.abandon()
         if not self.future.done():
             self.future.set_exception(CallerGone())
 
     def leave(self) -> None:
         """Wait no longer. Rows whose caller has gone are not computed."""
-        self.awaited = False
+        self.abandon()
         if self._watching is not None:
             self._watching.cancel()
 
@@ -297,12 +308,16 @@ class Runner:
         if len(self._queue) >= self._max_queue:
             self._drop_unawaited()
             if len(self._queue) >= self._max_queue:
+                self.hurry()
+            if len(self._queue) >= self._max_queue:
                 self.counters.failed(Overloaded.code)
                 raise Overloaded(f"{self.model.ref.name} has {self._max_queue} requests waiting, which is the limit")
         seconds = self._timeout_seconds
         if job.timeout is not None and job.timeout < seconds:
             seconds = job.timeout
         job.deadline = job.started + seconds
+        if job.size > WEIGHED_BYTES:
+            job.runner = self
         if self._lone >= LONE_BATCHES and job.comes_at_once and not self._scheduled and self._computing is None:
             if job.started - self._done > LONE_SECONDS and self._is_cheap([job]):
                 self._compute([job], job.started)  # nobody else is there to wait for
@@ -325,6 +340,7 @@ class Runner:
         *,
         timeout: float | None = None,
         record: Record | None = None,
+        claim: Claim | None = None,
         **rows: Any,
     ) -> Promise:
         """Submit a job that can be waited for. Its future raises `PredictionTimeout`, and what `Model.predict` raises.
@@ -334,6 +350,7 @@ class Runner:
         job = Promise(asyncio.get_running_loop().create_future(), target, count, **rows)
         job.request_id = request_id
         job.timeout = timeout
+        job.claim = claim
         if record is not None:
             job.record = record
             record.submitted = job.started
@@ -345,6 +362,11 @@ class Runner:
         """Compute what is queued now instead of at the end of this turn of the event loop, unless the thread is to do that."""
         if self._scheduled and self._computing is None:
             self._flush()
+
+    def forget(self, job: Job) -> None:
+        """Let go of the rows of a job that nobody waits for. Those that the thread has it goes on with."""
+        if job not in self._batch:
+            job.drop_rows()
 
     async def predict(self, rows: Rows, method: str) -> Prediction:
         """Return the model's answer for the rows. Raises `Overloaded`, `PredictionTimeout`, and what `Model.predict` raises."""
@@ -535,6 +557,7 @@ class Runner:
                 if jobs[0].record is not None:
                     jobs[0].record.computing, jobs[0].record.computed = begun, now
                 self._fail(jobs[0], outcome)
+            if len(jobs) == 1:
                 jobs[0].drop_rows()
             return
         start = 0
@@ -568,8 +591,9 @@ class Runner:
     # Deadlines: what is computed in the event loop needs no alarm, and the thread needs one for all that wait for it
 
     def _watch_deadlines(self) -> None:
-        if self._alarm is None and self._batch:
-            self._set_alarm(min(job.deadline for job in self._batch))
+        deadline = min((job.deadline for job in (*self._batch, *self._queue) if job.awaited), default=None)
+        if deadline is not None and (self._alarm is None or deadline < self._alarm_at):
+            self._set_alarm(deadline)
 
     def _set_alarm(self, deadline: float) -> None:
         delay = max(0.001, deadline - perf_counter())

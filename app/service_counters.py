@@ -101,7 +101,8 @@ _RESPONSE_AT: Mapping[Route, Mapping[int, int]] = {
 }
 _OTHER_RESPONSE_AT: Mapping[Route, int] = {route: _RESPONSES[route, OTHER] for route in Route}
 _PREDICTED = _RESPONSES[Route.PREDICT, "200"]
-_REFUSAL_AT = {code: place for (code,), place in _REFUSALS.items() if code not in AT_A_MODEL}
+_REFUSAL_AT = {code: place for (code,), place in _REFUSALS.items()}
+_OTHER_REFUSAL = _REFUSAL_AT[OTHER]
 
 
 class ServiceCounters(Cells):
@@ -109,14 +110,17 @@ class ServiceCounters(Cells):
 
     CELLS = _layout.size
 
-    def responded(self, route: Route, status: int, code: str | None = None) -> None:
-        """Count an answer to a request for a `Route`, and the code of its error if it is one. Each answer is counted once."""
+    def responded(self, route: Route, status: int, code: str | None = None, *, at_a_model: bool = False) -> None:
+        """Count an answer to a request for a `Route`, and the code of its error if it is one. Each answer is counted once.
+
+        `at_a_model` when its model was known, whose counters have the codes that a model may be the reason of.
+        """
         try:
             self.cells[_RESPONSE_AT[route][status]] += 1
         except KeyError:
             self.cells[_OTHER_RESPONSE_AT[route]] += 1
-        if code is not None:
-            self.refused(code)
+        if code is not None and not (at_a_model and code in AT_A_MODEL):
+            self.cells[_REFUSAL_AT.get(code, _OTHER_REFUSAL)] += 1
 
     def predicted(self) -> None:
         """Count a prediction that was answered, as `responded` does, for those who have no time."""
@@ -125,14 +129,6 @@ class ServiceCounters(Cells):
     def called(self, place: int) -> None:
         """Count a request for a prediction by the place of its key's name among all names."""
         self.cells[_FIRST_CALLER + place] += 1
-
-    def refused(self, code: str) -> None:
-        """Count a request that never reached a model. Those of a model's own codes did: its counters have them."""
-        place = _REFUSAL_AT.get(code)
-        if place is not None:
-            self.cells[place] += 1
-        elif code not in AT_A_MODEL:
-            self.cells[_REFUSAL_AT[OTHER]] += 1
 
     def looked(self, look: Look) -> None:
         """Count a look at the bucket."""
@@ -159,8 +155,9 @@ class ServiceCounters(Cells):
 
     @property
     def refusals(self) -> dict[tuple[str, ...], int]:
-        """Requests that never reached a model, by code."""
-        return {labels: count for labels, count in self._section(_REFUSALS).items() if labels[0] not in AT_A_MODEL}
+        """Requests that never reached a model, by code. Those of a model's own codes are seldom, and told where there were any."""
+        found = self._section(_REFUSALS)
+        return {labels: count for labels, count in found.items() if count or labels[0] not in AT_A_MODEL}
 
     @property
     def looks(self) -> dict[tuple[str, ...], int]:

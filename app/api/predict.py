@@ -36,7 +36,7 @@ from app.intake import Draft, has_more_parts, open_envelope
 from app.limits import COUNTED_BYTES, WEIGHED_BYTES, Claim, PendingBytes
 from app.observer import RECORD, Observer, Record
 from app.registry import Registry
-from app.runner import CallerGone, Runner, Target
+from app.runner import CallerGone, Promise, Runner, Target
 from app.service_counters import Route
 from app.signature import Rows
 
@@ -184,6 +184,7 @@ class Predictor:
         """
         unread = True
         claim = Claim(self.pending)
+        promise: Promise | None = None
         try:
             if REFUSAL in scope:
                 raise scope[REFUSAL]
@@ -216,6 +217,7 @@ class Predictor:
             record.model, record.version, record.rows = target.name, target.version, count
             if size > WEIGHED_BYTES:
                 self.hold_rows(claim, runner, count, size)
+                rows["claim"] = claim  # it goes with the rows
             promise = runner.promise(
                 target, record.request_id, count, timeout=timeout, record=record, size=size, **rows
             )
@@ -237,7 +239,8 @@ class Predictor:
                 logger.exception("a prediction request failed")
                 return Answer(*errors.internal())
         finally:
-            claim.release()
+            if promise is None:
+                claim.release()
 
     def _read_headers(self, headers: Any) -> tuple[float | None, bool]:
         """Return how many seconds the caller waits, if it says so, and whether the body is compressed.
