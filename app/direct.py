@@ -284,6 +284,7 @@ class DirectProtocol(DrainingProtocol):
         self._held: bytearray | None = None  # a request with a known head, whose body is still arriving
         self._exchange: Exchange | None = None
         self._claim: Claim | None = None  # of a large body, until its rows have it
+        self._unread: Claim | None = None  # of large answers, until they are taken
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -477,11 +478,30 @@ class DirectProtocol(DrainingProtocol):
         if len(body) >= compression.MIN_BYTES and exchange.plan.takes_gzip and len(body) <= compression.THREAD_BYTES:
             body = compression.compress(body)
             close += _GZIPPED
+        if len(body) > COUNTED_BYTES and not self._hold_answer(len(body)):
+            pending = self._shared.predictor.pending
+            exchange.fail(Overloaded(pending.refusal(len(body))))
+            return
         self._send(exchange, b"%b%d\r\nx-request-id: %b\r\n%b\r\n%b" % (start, len(body), identity, close, body))
         if exchange.record is not None:
             self._shared.observer.tell(exchange.record, 200)
         else:
             self._shared.observer.service.predicted()
+
+    def _hold_answer(self, size: int) -> bool:
+        """Count the bytes of a large answer until its client has taken them; return whether there is room for them."""
+        self._unread = self._unread or Claim(self._shared.predictor.pending)
+        return self._unread.hold_rows(self._unread.held + size)
+
+    def _release_answer(self) -> None:
+        if self._unread is not None:
+            self._unread.release()
+            self._unread = None
+
+    @override
+    def resume_writing(self) -> None:
+        self._release_answer()
+        super().resume_writing()
 
     def refuse(
         self, exchange: Exchange, status: int, body: bytes, headers: dict[str, str], code: str | None = None
@@ -508,6 +528,8 @@ class DirectProtocol(DrainingProtocol):
         if exchange.disconnected:
             return
         self.transport.write(answer)
+        if self._unread is not None and not self.flow.write_paused:  # the kernel has all of it, or nearly
+            self._release_answer()
         if not exchange.keep_alive:
             self.transport.close()
         if self._stopping or self._broken is not None or self.pipeline or self.flow.read_paused:
@@ -613,6 +635,7 @@ class DirectProtocol(DrainingProtocol):
             self._exchange.disconnected = True
             self._exchange = None
         self._release()
+        self._release_answer()
         super().connection_lost(exc)
         self._ready = False
 

@@ -49,6 +49,32 @@ def about(request: str | None, trace: str | None) -> Iterator[None]:
         trace_id.reset(tokens[1])
 
 
+class Trickle:
+    """Lets lines of one kind through, but only so many a second: a flood of requests must not become one of lines."""
+
+    def __init__(self, per_second: int) -> None:
+        self._per_second = per_second
+        self._second = 0
+        self._left = per_second
+        self._held_back = 0
+
+    def passes(self) -> bool:
+        """Whether a line may be written now."""
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._left = second, self._per_second
+        if not self._left:
+            self._held_back += 1
+            return False
+        self._left -= 1
+        return True
+
+    def held_back(self) -> dict[str, int]:
+        """Return as fields how many lines were kept back since the latest that says so."""
+        count, self._held_back = self._held_back, 0
+        return {"unlogged_before": count} if count else {}
+
+
 class JsonFormatter(logging.Formatter):
     """Write a record as one line of JSON."""
 

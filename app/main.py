@@ -168,6 +168,7 @@ def assemble(
         max_body_bytes=settings.max_body_bytes,
         max_rows=settings.max_rows,
         max_pending_bytes=max(settings.max_pending_bytes, settings.max_body_bytes),
+        timeout_seconds=settings.predict_timeout_seconds,
     )
     api.add_middleware(GZipMiddleware, minimum_size=compression.MIN_BYTES, compresslevel=compression.LEVEL)
     api.include_router(openapi.router(predictor))

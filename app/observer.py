@@ -12,12 +12,12 @@ import random
 from time import perf_counter
 from typing import Any, ClassVar
 
+from app import log
 from app.service_counters import Route, ServiceCounters
 from app.spans import Headers, Parent, Trace
 
 logger = logging.getLogger("diskless.access")
-# Lines about requests that were refused or failed: a flood of them must not become one of lines.
-FAILURES_PER_SECOND = 50
+FAILURES_PER_SECOND = 50  # lines about requests that were refused or failed
 RECORD = "diskless.record"  # in a scope: the record of its request
 PHASES = ("decode", "queue", "predict", "encode")
 
@@ -70,9 +70,7 @@ class Observer:
         self._sample = sample
         self.is_muted = False
         self.countdown = gap(sample)  # requests until the next that is told of; who takes it to 0 asks for a record
-        self._second = 0
-        self._failures_left = FAILURES_PER_SECOND
-        self._unlogged = 0
+        self._failures = log.Trickle(FAILURES_PER_SECOND)
 
     def begin(self, route: Route, request_id: str, parent: Parent | None = None) -> Record:
         """Return the record of a request whose turn it is, and count from there to the next."""
@@ -115,25 +113,13 @@ class Observer:
         if status < 400:
             if record.is_sampled and record.route is not Route.HEALTH:
                 logger.info("request", extra={"fields": _fields(record, status)})
-        elif record.route is not Route.HEALTH and self._may_log_failure():
-            fields = _fields(record, status)
-            if self._unlogged:
-                fields["unlogged_before"], self._unlogged = self._unlogged, 0
+        elif record.route is not Route.HEALTH and self._failures.passes():
+            fields = _fields(record, status) | self._failures.held_back()
             level = logging.ERROR if status == 500 else logging.WARNING
             logger.log(level, "request", extra={"fields": fields})
 
     def lose(self, record: Record) -> None:
         """Take note that a caller has gone before there was an answer."""
-
-    def _may_log_failure(self) -> bool:
-        second = int(perf_counter())
-        if second != self._second:
-            self._second, self._failures_left = second, FAILURES_PER_SECOND
-        if self._failures_left:
-            self._failures_left -= 1
-            return True
-        self._unlogged += 1
-        return False
 
 
 def gap(share: float) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import fcntl
 import logging
 import os
@@ -47,6 +48,7 @@ LAST_WORDS_SECONDS = 0.5  # for the answers to what was given up
 ACCEPTED_AT_ONCE = 128  # of those that wait when the connections are looked after
 SPARE_FILES = 4  # with fewer left that the process could open, it accepts no connection
 EXIT_SECONDS = 3.0  # beyond the drain; then the process ends whatever a model's thread is still computing
+FUSE_SECONDS = 1.0  # beyond that, if the process cannot end itself
 MAX_HEAD_BYTES = 64 * 1024  # of a head that comes in pieces; what comes at once is bounded by what is read at once
 MAX_HEADERS = 128
 MAX_PIPELINED = 32  # requests that are read before the first of them is answered
@@ -189,6 +191,7 @@ class DrainingProtocol(HttpToolsProtocol):
         self._idle_bytes = -1
         before = self.cycle
         super().on_headers_complete()
+        self.headers = []  # what comes behind the body is no part of the head, which proxies have looked at
         if self.for_health:
             self._close_after(self.cycle)
         elif self._stopping and self.cycle is not before and not self._later:
@@ -566,6 +569,8 @@ def _end_process_after(seconds: float) -> None:
     timer = threading.Timer(seconds, os._exit, (0,))
     timer.daemon = True
     timer.start()
+    # A thread that never lets go of the interpreter keeps the timer from it. This one does not need it.
+    faulthandler.dump_traceback_later(seconds + FUSE_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
 
 
 def configuration(app: Any, http: Any = DrainingProtocol) -> uvicorn.Config:

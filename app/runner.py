@@ -41,7 +41,11 @@ INLINE_TEXT_BYTES = 16 * 1024  # of requests whose values may be of any length, 
 TIMED_EVERY = 8  # of the batches in the event loop, so many are timed
 LATENCY_SECONDS = 0.05  # that one batch may take because of its length; a single request may take what it takes
 SERIALISED_ROWS = 32  # from here on, writing an array is faster than making a list of it first
+FAILURES_PER_SECOND = 10  # lines about failed predictions, with all that Python says of them
 LEARNING = 0.125  # how much of a new measurement enters what is expected
+
+
+_failures = log.Trickle(FAILURES_PER_SECOND)
 
 
 class Result:
@@ -579,11 +583,15 @@ class Runner:
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, RequestError):
             error = PredictionFailed("the model could not compute this input; the service's log says why")
-        if isinstance(error, PredictionFailed):
-            fields = {"model": str(self.model.ref), "method": job.target.method, "request_id": job.request_id}
+        if isinstance(error, PredictionFailed) and _failures.passes():
+            fields: dict[str, Any] = {
+                "model": str(self.model.ref),
+                "method": job.target.method,
+                "request_id": job.request_id,
+            }
             if job.record is not None and job.record.trace_id is not None:
                 fields["trace_id"] = job.record.trace_id
-            logger.error("prediction failed", exc_info=error, extra={"fields": fields})
+            logger.error("prediction failed", exc_info=error, extra={"fields": fields | _failures.held_back()})
         self.counters.failed(error.code)
         job.awaited = False
         job.fail(error)

@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+import socket
 import subprocess
 import time
 import uuid
@@ -18,9 +19,11 @@ import numpy as np
 import pytest
 
 from app.api import compression
+from app.auth import Access
 from app.errors import InvalidRequest, RequestTooLarge
 from app.keys import Key
 from app.model_storage import ModelStorageManager
+from app.rates import Rate
 from app.storage.local import LocalStorage
 from tests import toys
 from tests.service import AS_ASGI, COMMAND, Service, clean_environment, running
@@ -97,6 +100,24 @@ def test_each_route_opens_to_the_keys_that_may(locked, path, anyone, ann, root):
         ROOT: [root] * 3,
         "not-a-key-at-all-1": [anyone] * 3,
     }
+
+
+@pytest.mark.parametrize("line", [f"X-API-Key: {ANN}", f"Authorization: Bearer {ANN}"])
+def test_what_comes_behind_a_body_is_no_header(locked, line):
+    body = json.dumps(SUM).encode()
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for trailers in (f"{line}\r\n", "X: y\r\n" * 3 + f"{line}\r\n"):
+        with socket.create_connection(("127.0.0.1", locked.port), timeout=30) as connection:
+            connection.sendall(head + b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailers.encode()))
+            assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
+
+
+def test_a_key_may_be_of_both_kinds_under_two_names():
+    access = Access((Key.of("ann", ANN),), (Key.of("root", ANN), Key.of("ann", BOB)), rate=Rate(1, 60))
+    both, other = access.caller([(b"x-api-key", ANN.encode())]), access.caller([(b"x-api-key", BOB.encode())])
+
+    assert (both.name, both.is_admin) == ("root", True)
+    assert (other.name, other.is_admin) == ("ann", True)
 
 
 def test_a_refusal_says_how_a_key_is_shown(locked):

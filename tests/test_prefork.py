@@ -133,7 +133,7 @@ async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def four(s3, _bucket_client, r2_arguments) -> Iterator[Service]:
+def four(s3, bucket_client, r2_arguments) -> Iterator[Service]:
     """A service with four workers and a classifier behind its scaler, under a prefix of its own."""
     manager = ModelStorageManager(R2Storage(**r2_arguments), prefix="four/", trust=TRUST)
     manager.save("fraud", classifier(), scaler=scaler(), examples=ROWS[:5])

@@ -47,6 +47,30 @@ async def started():
     assert await asyncio.to_thread(estimators.STARTED.acquire, timeout=60)
 
 
+async def test_who_waits_behind_a_batch_from_its_beginning_is_told_in_time(gate):
+    runner = made(estimators.Gated(), max_batch_rows=2)
+    first = runner.promise(runner.default, None, 2, rows=rows_of(runner, [[1, 1, 1]] * 2))
+    late = runner.promise(runner.default, None, 1, timeout=0.05, rows=rows_of(runner, [[1, 1, 1]]))
+    try:
+        with pytest.raises(PredictionTimeout, match=r"0\.05 s"):
+            await asyncio.wait_for(late.future, 30)
+        assert not first.future.done()
+    finally:
+        late.leave()
+        gate.set()
+    assert (await first.future)[1:] == (0, 2)
+    await runner.retire()
+
+
+async def test_a_cheap_model_computes_what_waits_before_it_refuses():
+    runner = made(linear(0), costs={1: 1e-6, 64: 1e-6, 1024: 1e-6}, max_queue=3)
+    rows = rows_of(runner, ROWS[:1])
+    promises = [runner.promise(runner.default, None, 1, rows=rows) for _ in range(20)]
+
+    assert len([await promise.future for promise in promises]) == 20
+    await runner.retire()
+
+
 async def settled():
     """Let everything that can run without the model's thread run."""
     for _ in range(10):

@@ -22,6 +22,13 @@ class Sum:
         return np.asarray(rows, dtype=float).sum(axis=1)
 
 
+class Wide(Sum):
+    """Answers each row with a hundred numbers that are long when written."""
+
+    def predict(self, rows: Any) -> Any:
+        return super().predict(rows)[:, None] + np.arange(100) / 3
+
+
 class Root(Sum):
     """Not a number where the sum is negative, infinite where it is zero."""
 

@@ -29,6 +29,7 @@ from app.errors import (
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    PredictionTimeout,
     RequestError,
     RequestTooLarge,
 )
@@ -83,6 +84,7 @@ class Predictor:
         max_body_bytes: int,
         max_rows: int,
         max_pending_bytes: int,
+        timeout_seconds: float = 20.0,
     ) -> None:
         self.access = access
         self.observer = observer
@@ -90,6 +92,7 @@ class Predictor:
         self.max_body_bytes = max_body_bytes
         self.max_rows = max_rows
         self._registry = registry
+        self._timeout_seconds = timeout_seconds
         self._decompressor = compression.Decompressor(max_body_bytes)
 
     def plain(self, body: bytes, name: str | None = None) -> tuple[Runner, Target, Draft] | None:
@@ -202,8 +205,7 @@ class Predictor:
                 body = await self._rest_of_body(message, receive, claim)
             unread = False
             if compressed:
-                body = await self._decompressor.run(body)
-                self._hold(claim, len(body))
+                body = await self._decompress(body, claim, receive, timeout)
             size = len(body)
             asked = self.plain(body, name)
             rows: dict[str, Any]
@@ -280,6 +282,29 @@ class Predictor:
                 return b"".join(pieces)
             message = await receive()
 
+    async def _decompress(self, body: bytes, claim: Claim, receive: Any, timeout: float | None) -> bytes:
+        """Return what a body becomes, when it is its turn, unless its caller has gone by then, or waits no longer.
+
+        Raises what `Decompressor.run` raises, `Overloaded`, `CallerGone` and `PredictionTimeout`.
+        """
+        if not claim.hold(len(body)):
+            raise Overloaded(self.pending.refusal(len(body)))
+        seconds = self._timeout_seconds if timeout is None else min(timeout, self._timeout_seconds)
+        work = asyncio.ensure_future(self._decompressor.run(body))
+        gone = asyncio.ensure_future(_until_gone(receive))
+        try:
+            await asyncio.wait((work, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                raise CallerGone
+            if not work.done():
+                raise PredictionTimeout(f"no answer within {seconds:.6g} s")
+            body = work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+        self._hold(claim, len(body))
+        return body
+
     def _hold(self, claim: Claim, size: int, *, more: bool = True) -> None:
         """Claim the `size` bytes of a body that are here. Raises where a limit does not allow it; what is complete is taken."""
         if size > self.max_body_bytes:
@@ -289,6 +314,11 @@ class Predictor:
 
     def _too_large(self, got: str) -> RequestTooLarge:
         return RequestTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
+
+
+async def _until_gone(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def read_length(value: bytes) -> int | None:
@@ -378,9 +408,12 @@ class Front:
             answer = await self.predictor.handle(scope, receive, name, record)
             if answer is None:
                 self._observer.lose(record)
+                return
+            if len(answer.body) > COUNTED_BYTES:
+                answer = await self._send_large(answer, scope, receive, send, record)
             else:
                 await _send(answer, scope, identity, receive, send)
-                self._observer.tell(record, answer.status)
+            self._observer.tell(record, answer.status)
             return
         path = scope["path"]
         record = Record(ROUTES.get(path, Route.OTHER), identity)
@@ -389,6 +422,19 @@ class Front:
             record.trace.method, record.trace.template = scope["method"], path if path in ROUTES else None
         with log.about(identity, record.trace_id):
             await self._pass_on(scope, receive, send, record)
+
+    async def _send_large(self, answer: Answer, scope: Scope, receive: Any, send: Any, record: Record) -> Answer:
+        """Send an answer that is counted until its caller has taken it, or say that there is no room for it; return what was sent."""
+        claim = Claim(self.predictor.pending)
+        if not claim.hold_rows(len(answer.body)):
+            error = Overloaded(self.predictor.pending.refusal(len(answer.body)))
+            record.code = error.code
+            answer = _refusal(error, scope, unread=False)
+        try:
+            await _send(answer, scope, record.request_id, receive, send)
+        finally:
+            claim.release()
+        return answer
 
     async def _answer_origin(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answer what a page of another origin asks: its preflights by what stands before the application, all else as ever."""
@@ -485,7 +531,13 @@ async def _send(answer: Answer, scope: Scope, identity: str, receive: Any, send:
     if answer.headers:
         headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": answer.unread})
+    sent = 0
+    while (
+        len(body) - sent > COUNTED_BYTES
+    ):  # piece by piece, as the caller takes them: a server waits for that before each
+        await send({"type": "http.response.body", "body": body[sent : sent + COUNTED_BYTES], "more_body": True})
+        sent += COUNTED_BYTES
+    await send({"type": "http.response.body", "body": body[sent:] if sent else body, "more_body": answer.unread})
     if answer.unread:
         await _discard(receive)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
