@@ -632,12 +632,12 @@ async def test_rows_of_callers_that_have_left_are_not_kept(narrow):
 async def test_large_answers_that_nobody_reads_are_counted(narrow):
     body = json.dumps({"model": "wide", "instances": [[0.1, 0, 0]] * 10_000}, separators=(",", ":")).encode()
     small = post(SUM, b"Connection: close")
-    assert len(await talk(narrow, [post(body, b"Connection: close")])) > 15 * MB
+    assert len(await talk(narrow, [post(body, b"Connection: close")])) > 10 * MB
     Path(f"/proc/{narrow.process.pid}/clear_refs").write_text("5")
     before = resident(narrow)
     with contextlib.ExitStack() as stack:
         connections = []
-        for _ in range(12):
+        for _ in range(30):
             connection = stack.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", narrow.port))
@@ -645,10 +645,11 @@ async def test_large_answers_that_nobody_reads_are_counted(narrow):
             connections.append(connection)
         beginnings = [await asyncio.to_thread(connection.recv, 12) for connection in connections]
         assert beginnings.count(b"HTTP/1.1 200") >= 2
-        assert beginnings.count(b"HTTP/1.1 429") >= 6
+        assert beginnings.count(b"HTTP/1.1 429") >= 20
         assert told(await talk(narrow, [small]))[0] == 200  # small ones are not counted
 
-    assert resident(narrow, "VmHWM") - before < 48 * MB + 4 * 20 * MB  # what is computed, and written, at the moment
+    # beside them what is computed, and written, at the moment; all together would be 400 MB
+    assert resident(narrow, "VmHWM") - before < 48 * MB + 150 * MB
     await until(lambda: not in_kernel(narrow), "closed")
     assert b" 200 " in (await talk(narrow, [post(body, b"Connection: close")]))[:20]
 

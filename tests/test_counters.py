@@ -144,10 +144,13 @@ def test_answers_are_counted_by_route_and_status():
 def test_a_refusal_is_counted_unless_the_models_counters_have_it():
     counters = ServiceCounters()
     for code in (*CODES, "made up"):
-        counters.responded(Route.PREDICT, 400, code)
+        counters.responded(Route.PREDICT, 400, code, at_a_model=True)
 
     expected = {(code,): 1 for code in CODES if code not in AT_A_MODEL} | {("other",): 2}
     assert counters.refusals == expected
+
+    counters.responded(Route.PREDICT, 429, "overloaded")  # before it was known which model is meant
+    assert counters.refusals == expected | {("overloaded",): 1}
 
 
 def test_looks_loads_and_operations_have_cells_of_their_own():

@@ -207,22 +207,22 @@ class Predictor:
             if compressed:
                 body = await self._decompress(body, claim, receive, timeout)
             size = len(body)
-            asked = self.plain(body, name)
-            rows: dict[str, Any]
-            if asked is not None:
-                runner, target, draft = asked
-                count, rows = len(draft), {"draft": draft}
-            else:
-                runner, target, validated = self.decode(body, name, record)
-                count, rows = validated.count, {"rows": validated}
-            del body, message  # only the rows are held while they wait
+            asked: Any = self.plain(body, name) or self.decode(body, name, record)
+            runner, target, rows = asked
+            count, form = (len(rows), "draft") if type(rows) is list else (rows.count, "rows")
             record.model, record.version, record.rows = target.name, target.version, count
+            given = {form: rows, "size": size, "timeout": timeout, "record": record}
             if size > WEIGHED_BYTES:
                 self.hold_rows(claim, runner, count, size)
-                rows["claim"] = claim  # it goes with the rows
-            promise = runner.promise(
-                target, record.request_id, count, timeout=timeout, record=record, size=size, **rows
-            )
+                given["claim"] = claim  # it goes with the rows
+            promise = runner.promise(target, record.request_id, count, **given)
+            del (
+                message,
+                body,
+                asked,
+                rows,
+                given,
+            )  # nothing but the rows is held while they wait, and those by the job alone
             if promise.takes_time:
                 promise.watch(receive)
             try:
