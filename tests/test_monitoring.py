@@ -245,6 +245,7 @@ ILL = {
     },
     "DisklessSlow": {'diskless_latency_seconds_bucket{model="churn", le="0.098304"}': "0+5500x60"},
     "DisklessOverloaded": {'diskless_requests_total{model="churn", code="overloaded"}': "0+1x60"},
+    "DisklessFull": {'diskless_refused_total{code="overloaded"}': "0+1x60"},
     "DisklessQueueFilling": {'diskless_queue_requests{model="churn"}': "501x60"},
     "DisklessInputRefused": {'diskless_requests_total{model="churn", code="invalid_input"}': "0+2000x60"},
     "DisklessKeysRefused": {'diskless_refused_total{code="unauthorized"}': "0+90x60"},
