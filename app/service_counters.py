@@ -19,6 +19,7 @@ from app.errors import (
     InvalidRange,
     NotModified,
     ObjectNotFound,
+    Overloaded,
     PreconditionFailed,
     StorageDenied,
     StorageError,
@@ -155,9 +156,9 @@ class ServiceCounters(Cells):
 
     @property
     def refusals(self) -> dict[tuple[str, ...], int]:
-        """Requests that never reached a model, by code. Those of a model's own codes are seldom, and told where there were any."""
+        """Requests that never reached a model, by code. There may be too many for a model, or for the service."""
         found = self._section(_REFUSALS)
-        return {labels: count for labels, count in found.items() if count or labels[0] not in AT_A_MODEL}
+        return {labels: found[labels] for labels in found if labels[0] not in AT_A_MODEL or labels[0] == Overloaded.code}
 
     @property
     def looks(self) -> dict[tuple[str, ...], int]:

@@ -146,7 +146,7 @@ def test_a_refusal_is_counted_unless_the_models_counters_have_it():
     for code in (*CODES, "made up"):
         counters.responded(Route.PREDICT, 400, code, at_a_model=True)
 
-    expected = {(code,): 1 for code in CODES if code not in AT_A_MODEL} | {("other",): 2}
+    expected = {(code,): 1 for code in CODES if code not in AT_A_MODEL} | {("other",): 2, ("overloaded",): 0}
     assert counters.refusals == expected
 
     counters.responded(Route.PREDICT, 429, "overloaded")  # before it was known which model is meant
