@@ -158,7 +158,9 @@ class ServiceCounters(Cells):
     def refusals(self) -> dict[tuple[str, ...], int]:
         """Requests that never reached a model, by code. There may be too many for a model, or for the service."""
         found = self._section(_REFUSALS)
-        return {labels: found[labels] for labels in found if labels[0] not in AT_A_MODEL or labels[0] == Overloaded.code}
+        return {
+            labels: found[labels] for labels in found if labels[0] not in AT_A_MODEL or labels[0] == Overloaded.code
+        }
 
     @property
     def looks(self) -> dict[tuple[str, ...], int]:
