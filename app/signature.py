@@ -303,8 +303,6 @@ class Signature(BaseModel):
                 for key, value in item.items():
                     if type(value) not in _RECORD_VALUES and not _is_strings(value):
                         report.add(f"{path}{step_of(key)}", "a number, a string, a list of strings or null", value)
-            if report.full:
-                break
         report.raise_if_any()
         return Rows(self, len(instances), None, (column,))
 
@@ -333,8 +331,6 @@ class Signature(BaseModel):
                 wanted = "an object" if by_name else f"a list of {len(specs)} values"
                 report.add(f"instances[{index}]", wanted, row)
                 table.append([_ABSENT] * len(specs))
-            if report.full:
-                break
         columns = []
         for position, spec in enumerate(specs):
             values = [row[position] for row in table]
@@ -374,8 +370,6 @@ class Signature(BaseModel):
             )
         if self.extra_columns == "forbid" and len(row) > len(specs) - len(missing):
             for name in row:
-                if report.full:
-                    break
                 if name not in self._known:
                     close = _closest(name, [spec.name for spec in missing] or self._names)
                     hint = f"; did you mean {close!r}?" if close else ""
@@ -402,18 +396,16 @@ _RECORD_VALUES = {str, int, float, bool, type(None)}
 
 
 class _Report:
-    """Collects violations, and stops at the limit."""
+    """Collects violations. The one that fills it raises, so that nobody looks at, or writes a path for, what it could not keep."""
 
     def __init__(self) -> None:
         self.violations: list[Violation] = []
 
-    @property
-    def full(self) -> bool:
-        return len(self.violations) >= MAX_VIOLATIONS
-
     def add(self, path: str, expected: str, got: Any, *, shown: bool = False) -> None:
-        if not self.full:
-            self.violations.append(Violation(path, expected, got if shown else show(got)))
+        """Keep a violation. Raises `InvalidInput` with all of them as soon as there are as many as are listed."""
+        self.violations.append(Violation(path, expected, got if shown else show(got)))
+        if len(self.violations) >= MAX_VIOLATIONS:
+            self.raise_if_any()
 
     def raise_if_any(self) -> None:
         if not self.violations:
@@ -421,7 +413,7 @@ class _Report:
         first = self.violations[0]
         more = len(self.violations) - 1
         rest = "" if not more else f", and {more} more violation{'s' if more > 1 else ''}"
-        rest += " (only the first 20 are listed)" if self.full else ""
+        rest += f" (only the first {MAX_VIOLATIONS} are listed)" if len(self.violations) >= MAX_VIOLATIONS else ""
         raise InvalidInput(f"{first.path}: expected {first.expected}, got {first.got}{rest}", self.violations)
 
 

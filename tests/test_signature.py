@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Callable
 from datetime import timedelta, timezone
 from typing import Any
 
@@ -205,6 +207,50 @@ def test_twenty_violations_are_listed_at_most():
     found = violations(MIXED, [{str(number): number for number in range(1000)}] * 50)
 
     assert len(found) == MAX_VIOLATIONS
+
+
+def calls(function: Callable[[], object]) -> int:
+    """Count the functions that are called until a request is refused. One look at a row or a value is none."""
+    count = 0
+
+    def see(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_name != "<genexpr>"
+
+    sys.setprofile(see)
+    try:
+        function()
+    except RequestError:
+        return count
+    finally:
+        sys.setprofile(None)
+    raise AssertionError("was not refused")
+
+
+BAD_VALUES: dict[str, tuple[Signature, Any]] = {
+    "numbers": (signature(*[column(f"c{it}") for it in range(5)], layout="matrix"), [""] * 5),
+    "integers": (signature(column("a", "INT64", "int64")), [0.5]),
+    "booleans": (signature(column("a", "BOOL", "bool")), [1]),
+    "strings": (signature(column("a", "BYTES", "str")), [1]),
+    "times": (signature(column("a", "BYTES", "datetime64[us]")), ["then"]),
+    "of any kind": (ANYTHING, [[], 1.0]),
+    "of any width": (ANY_WIDTH, [[]]),
+    "texts": (TEXT, 1),
+    "records": (RECORDS, {"a": {}}),
+    "rows of another length": (MIXED, [1, 2]),
+    "rows without a column": (MIXED, {}),
+    "rows that are none": (MIXED, 1),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VALUES)
+def test_nothing_is_done_about_what_a_full_report_could_not_list(kind):
+    sign, row = BAD_VALUES[kind]
+    few, many = [row] * 50, [row] * 5000
+    calls(lambda: sign.validate(few))  # what is made once
+
+    assert violations(sign, many) == violations(sign, few)
+    assert calls(lambda: sign.validate(many)) == calls(lambda: sign.validate(few))
 
 
 def test_the_sentence_counts_the_violations():
