@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import heapq
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -32,7 +33,10 @@ Layout = Literal["matrix", "frame", "text", "records"]
 Array = npt.NDArray[Any]
 MAX_VIOLATIONS = 20
 MAX_SHOWN = 60  # characters of a value that a violation shows
-MAX_COMPARED = 1000  # columns that an unknown one is compared with
+MAX_COLUMNS = (
+    30_000  # of a model: each is described in 1.5 KB, and a small file, or request, can say that there are so many
+)
+MAX_COMPARED = 1200  # characters of names that an unknown column's is compared with: of those that are about as long
 
 
 class TensorSpec(BaseModel):
@@ -269,7 +273,9 @@ class Signature(BaseModel):
             ordered = self._names
             instances = [[row[name] for name in ordered] for row in instances]
         width = len(self.inputs) or (len(instances[0]) if type(instances[0]) is list else -1)
-        if width < 1 or not all(type(row) is list and len(row) == width for row in instances):
+        if width < 1 or (width > MAX_COLUMNS and not self.inputs):
+            return None
+        if not all(type(row) is list and len(row) == width for row in instances):
             return None
         types = set(map(type, chain.from_iterable(instances)))
         if not types <= _NUMERIC_OR_NULL:
@@ -356,11 +362,10 @@ class Signature(BaseModel):
         if not isinstance(instances[0], list) or not instances[0]:
             names = " (nothing tells this model's columns: publish it with --examples to send objects)"
             report.add("instances[0]", f"a list of values{names if instances[0] else ''}", instances[0])
-            report.raise_if_any()
-        return [
-            TensorSpec(name=f"x{position}", datatype="FP64", dtype="object", assumed=True)
-            for position in range(len(instances[0]))
-        ]
+        elif len(instances[0]) > MAX_COLUMNS:
+            report.add("instances[0]", f"at most {MAX_COLUMNS:,} values", f"{len(instances[0]):,} values", shown=True)
+        report.raise_if_any()
+        return [TensorSpec(name="x", datatype="FP64", dtype="object", assumed=True)] * len(instances[0])
 
     def _ordered(self, row: dict[Any, Any], index: int, specs: Sequence[TensorSpec], report: _Report) -> list[Any]:
         missing = [spec for spec in specs if spec.name not in row]
@@ -371,19 +376,21 @@ class Signature(BaseModel):
         if self.extra_columns == "forbid" and len(row) > len(specs) - len(missing):
             for name in row:
                 if name not in self._known:
-                    close = _closest(name, [spec.name for spec in missing] or self._names)
-                    hint = f"; did you mean {close!r}?" if close else ""
                     report.add(
-                        f"instances[{index}]{step_of(name)}", "a known column", f"an unknown column{hint}", shown=True
+                        f"instances[{index}]{step_of(name)}",
+                        "a known column",
+                        f"an unknown column{report.hint(name, [spec.name for spec in missing] or self._names)}",
+                        shown=True,
                     )
         return [row.get(spec.name, _ABSENT) for spec in specs]
 
 
 def _closest(name: str, known: Sequence[str]) -> str | None:
     """Return the known name that is most like `name`, if one is and looking for it takes no time worth speaking of."""
-    if len(name) > MAX_SHOWN or len(known) > MAX_COMPARED:
+    if not 0 < len(name) <= MAX_SHOWN:
         return None
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+    near = heapq.nsmallest(MAX_COMPARED // len(name), known, key=lambda other: abs(len(other) - len(name)))
+    return next(iter(difflib.get_close_matches(name, near, n=1)), None)
 
 
 class _Absent:
@@ -400,6 +407,15 @@ class _Report:
 
     def __init__(self) -> None:
         self.violations: list[Violation] = []
+        self._has_hinted = False
+
+    def hint(self, name: str, known: Sequence[str]) -> str:
+        """Return what an unknown column may have been meant to be, for the first one: the others mostly have the same cause."""
+        if self._has_hinted:
+            return ""
+        self._has_hinted = True
+        close = _closest(name, known)
+        return f"; did you mean {close!r}?" if close else ""
 
     def add(self, path: str, expected: str, got: Any, *, shown: bool = False) -> None:
         """Keep a violation. Raises `InvalidInput` with all of them as soon as there are as many as are listed."""

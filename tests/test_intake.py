@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from app import inspection
 from app.errors import RequestError
 from app.intake import Intake, open_envelope
-from app.signature import Rows, Signature, TensorSpec
+from app.signature import MAX_COLUMNS, Rows, Signature, TensorSpec
 from tests.zoo import BUILDERS, NEEDS_EXAMPLES, fitted
 
 # Times, columns of which nothing is known, and true and false for numbers: those requests go the careful way.
@@ -211,3 +211,10 @@ def test_a_whole_number_of_more_than_64_bits_in_a_record_is_left_to_the_careful_
     assert intake.draft(raw([{"a": 2**63 - 1}, {"a": -(2**63)}])) is not None
     for number in (2**64, -(2**63) - 1, 10**400):
         assert intake.draft(raw([{"a": number}])) is None
+
+
+def test_no_more_columns_are_plain_where_nothing_tells_how_many_than_a_model_can_have():
+    intake = Intake(Signature(layout="matrix", inputs=(), methods=("predict",)))
+
+    assert intake.draft(raw([[0.5] * MAX_COLUMNS])) is not None
+    assert intake.draft(raw([[0.5] * (MAX_COLUMNS + 1)])) is None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import sys
+import tracemalloc
 from collections.abc import Callable
 from datetime import timedelta, timezone
 from typing import Any
@@ -19,7 +21,7 @@ from pydantic import ValidationError
 from app.errors import InvalidInput, InvalidManifest, RequestError, RequestTooLarge
 from app.manifest import Manifest
 from app.names import ModelRef
-from app.signature import MAX_VIOLATIONS, Rows, Signature, TensorSpec, is_dtype
+from app.signature import MAX_COLUMNS, MAX_COMPARED, MAX_VIOLATIONS, Rows, Signature, TensorSpec, is_dtype
 
 
 def column(name: str, datatype: Any = "FP64", dtype: str = "float64", **more: Any) -> TensorSpec:
@@ -56,6 +58,28 @@ def violations(sign: Signature, instances: Any) -> list[tuple[str, str, str]]:
         sign.validate(instances)
     assert caught.value.violations[0].path in str(caught.value)
     return [(it.path, it.expected, it.got) for it in caught.value.violations]
+
+
+def test_no_more_columns_are_taken_where_nothing_tells_how_many_than_a_model_can_have():
+    widest = [[0] * (MAX_COLUMNS - 1) + ["a"]]
+    wider = ("instances[0]", "at most 30,000 values", "400,001 values")
+
+    assert len(ANY_WIDTH.validate(widest).columns) == MAX_COLUMNS
+    assert ANY_WIDTH.validate([[0.5] * MAX_COLUMNS]).array().shape == (1, MAX_COLUMNS)
+    for last in ("a", 1, None, True):
+        assert violations(ANY_WIDTH, [[0] * 400_000 + [last]]) == [wider]
+
+
+def test_what_is_too_wide_is_refused_before_anything_is_made_of_it():
+    instances = [[0] * 400_000 + ["a"]]
+    violations(ANY_WIDTH, instances)  # what is made once
+
+    tracemalloc.start()
+    try:
+        violations(ANY_WIDTH, instances)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_objects_are_refused_where_nothing_tells_the_columns_whatever_they_are_behind():
@@ -192,6 +216,32 @@ def test_a_missing_column_and_the_misspelt_one_in_its_place_are_both_named():
         ("instances[0].income", "FP64 or null", "nothing: the column is missing"),
         ("instances[0].incom", "a known column", "an unknown column; did you mean 'income'?"),
     ]
+
+
+def test_only_the_first_unknown_column_is_compared_and_with_few_names():
+    sign = signature(*[column(f"measurement_of_the_sensor_number_{number:04d}") for number in range(1000)])
+    row = {spec.name: 1.0 for spec in sign.inputs}
+    misspelt = {f"measurment_of_the_sensor_number_{number:04d}": 1.0 for number in range(20)}
+
+    def compare(names: Any) -> int:
+        compared = 0
+
+        def see(frame: Any, event: str, argument: Any) -> None:
+            nonlocal compared
+            compared += event == "call" and frame.f_code is difflib.SequenceMatcher.set_seq1.__code__
+
+        sys.setprofile(see)
+        try:
+            found = violations(sign, [{**row, **names}])
+        finally:
+            sys.setprofile(None)
+        assert ["did you mean 'measurement_of_the_sensor" in got for *_, got in found] == [
+            True,
+            *([False] * (len(names) - 1)),
+        ]
+        return compared
+
+    assert 0 < compare(dict([*misspelt.items()][:1])) == compare(misspelt) <= MAX_COMPARED // 30
 
 
 def test_extra_columns_are_let_in_only_where_the_signature_says_so():
