@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from app.marks import LEAST_BYTES, has_long_run
 from app.signature import MAX_COLUMNS, Array, Rows, Signature, TensorSpec, bounds_of, objects_of, storage_of
 
 Draft = list[Any]
@@ -129,9 +130,12 @@ class Intake:
 
     def _draft_items(self, instances: msgspec.Raw) -> Draft | None:
         try:
-            return self._decode(instances) or None
+            rows = self._decode(instances)
         except Exception:  # not JSON, not of these types, nested too deeply: the careful way tells
             return None
+        if len(instances) > LEAST_BYTES and self._has_long_run(instances, rows):
+            return None
+        return rows or None
 
     def _draft_numbers(self, instances: msgspec.Raw) -> Draft | None:
         try:
@@ -156,7 +160,22 @@ class Intake:
         for position, row in enumerate(rows):
             if type(row) is not tuple:
                 rows[position] = _as_tuple(row)[: self._width]
+        if len(instances) > LEAST_BYTES and self._has_long_run(instances, rows):
+            return None
         return rows or None
+
+    def _has_long_run(self, instances: msgspec.Raw, rows: Draft) -> bool:
+        """Whether a text in these rows would take too long to normalise."""
+        json = bytes(instances)
+        if json.isascii() and b"\\u" not in json:
+            return False
+        if self._signature.layout == "text":
+            return any(map(has_long_run, rows))
+        if self._signature.layout == "records":
+            rows = [[value] if type(value) is str else value for row in rows for value in row.values()]
+        return any(
+            type(text) is str and has_long_run(text) for row in rows if type(row) in (list, tuple) for text in row
+        )
 
     def _items(self, draft: Draft) -> Rows:
         column = np.empty(len(draft), dtype=object)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from app import marks
 from app.errors import InvalidInput, RequestTooLarge, Violation
 from app.names import shortened
 
@@ -302,6 +303,8 @@ class Signature(BaseModel):
                 column[index] = text = self._unwrapped(item)
                 if type(text) is not str:
                     report.add(path, "a string", text)
+                elif marks.has_long_run(text):
+                    report.add(path, marks.EXPECTED, marks.GOT, shown=True)
             elif type(item) is not dict:
                 report.add(path, "an object", item)
             else:
@@ -309,6 +312,8 @@ class Signature(BaseModel):
                 for key, value in item.items():
                     if type(value) not in _RECORD_VALUES and not _is_strings(value):
                         report.add(f"{path}{step_of(key)}", "a number, a string, a list of strings or null", value)
+                    elif any(map(marks.has_long_run, _texts_in(value))):
+                        report.add(f"{path}{step_of(key)}", marks.EXPECTED, marks.GOT, shown=True)
         report.raise_if_any()
         return Rows(self, len(instances), None, (column,))
 
@@ -458,6 +463,13 @@ def _is_strings(value: Any) -> bool:
     return type(value) is list and all(type(item) is str for item in value)
 
 
+def _texts_in(value: Any) -> Sequence[str]:
+    """Return the texts in a value of a record."""
+    if type(value) is str:
+        return (value,)
+    return value if type(value) is list else ()
+
+
 @functools.cache
 def storage_of(datatype: Literal["FP64", "INT64"], dtype: str) -> np.dtype[Any]:
     """Return the numpy dtype that holds a column of a numpy, pandas (`Int64`) or Arrow (`int64[pyarrow]`) dtype."""
@@ -521,6 +533,8 @@ def _anything(values: list[Any], spec: TensorSpec, path: Path, report: _Report) 
             taken = type(value) in (str, bool) or value is _ABSENT or (value is None and spec.nullable)
         if not taken:
             report.add(path(index), spec.expected, value)
+        elif type(value) is str and marks.has_long_run(value):
+            report.add(path(index), marks.EXPECTED, marks.GOT, shown=True)
     return objects_of(values, spec)
 
 
@@ -590,7 +604,10 @@ def _bytes(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> 
     if spec.is_datetime:
         return _datetimes(values, spec, path, report)
     for index, value in enumerate(values):
-        if type(value) is not str and value is not _ABSENT and not (value is None and spec.nullable):
+        if type(value) is str:
+            if marks.has_long_run(value):
+                report.add(path(index), marks.EXPECTED, marks.GOT, shown=True)
+        elif value is not _ABSENT and not (value is None and spec.nullable):
             report.add(path(index), spec.expected, value)
     return objects_of(values, spec)
 

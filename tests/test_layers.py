@@ -32,6 +32,7 @@ ORDER = [
     "tracing",
     "tally",
     "worker",
+    "marks",
     "signature",
     "intake",
     "inspection",

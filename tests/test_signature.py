@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from app.errors import InvalidInput, InvalidManifest, RequestError, RequestTooLarge
 from app.manifest import Manifest
+from app.marks import MAX_MARKS
 from app.names import ModelRef
 from app.signature import MAX_COLUMNS, MAX_COMPARED, MAX_VIOLATIONS, Rows, Signature, TensorSpec, is_dtype
 
@@ -301,6 +302,29 @@ def test_nothing_is_done_about_what_a_full_report_could_not_list(kind):
 
     assert violations(sign, many) == violations(sign, few)
     assert calls(lambda: sign.validate(many)) == calls(lambda: sign.validate(few))
+
+
+@pytest.mark.parametrize(
+    ("sign", "row", "path"),
+    [
+        (TEXT, lambda text: text, ""),
+        (TEXT, lambda text: [text], ""),
+        (TEXT, lambda text: {"text": text}, ""),
+        (RECORDS, lambda text: {"a": text}, ".a"),
+        (RECORDS, lambda text: {"a": ["b", text]}, ".a"),
+        (MIXED, lambda text: {**GOOD, "plan": text}, ".plan"),
+        (ANYTHING, lambda text: [text, 1.0], "[0]"),
+        (ANY_WIDTH, lambda text: [1.0, text], "[1]"),
+    ],
+)
+def test_texts_that_would_take_too_long_to_normalise_are_refused(sign, row, path):
+    marks = "\u0316\u0300" * (MAX_MARKS // 2)
+
+    assert sign.validate([row("a" + marks), row(("b" + marks) * 3)]).count == 2
+    for text in ("a" + marks + "\u0301", marks * 300 + "b"):
+        assert violations(sign, [row("a"), row(text)]) == [
+            (f"instances[1]{path}", "a text with at most 1,000 combining characters in a row", "more than that")
+        ]
 
 
 def test_the_sentence_counts_the_violations():
