@@ -42,6 +42,7 @@ ORDER = [
     "compiled.steps",
     "compiled.numeric",
     "compiled.categories",
+    "compiled.patterns",
     "compiled.text",
     "compiled.linear",
     "compiled.bayes",
