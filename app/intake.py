@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from app.marks import LEAST_BYTES, has_long_run
+from app.marks import LEAST_BYTES, MAX_MARKS, has_long_run
 from app.signature import MAX_COLUMNS, Array, Rows, Signature, TensorSpec, bounds_of, objects_of, storage_of
 
 Draft = list[Any]
@@ -167,10 +167,10 @@ class Intake:
     def _has_long_run(self, instances: msgspec.Raw, rows: Draft) -> bool:
         """Whether a text in these rows would take too long to normalise."""
         json = bytes(instances)
-        if json.isascii() and b"\\u" not in json:
+        if json.isascii() and b"\\" not in json:  # nor an escape of another character
             return False
         if self._signature.layout == "text":
-            return any(map(has_long_run, rows))
+            return any(has_long_run(text) for text in rows if len(text) > MAX_MARKS)
         if self._signature.layout == "records":
             rows = [[value] if type(value) is str else value for row in rows for value in row.values()]
         return any(
