@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from app.errors import UnusableExamples, UnusableModel
-from app.signature import Array, Datatype, Layout, Signature, TensorSpec, is_dtype
+from app.signature import MAX_COLUMNS, Array, Datatype, Layout, Signature, TensorSpec, is_dtype
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "transform", "score_samples")
 BY_CLASS = ("predict_proba", "predict_log_proba", "decision_function")
 TARGET_ENCODERS = ("LabelEncoder", "LabelBinarizer", "MultiLabelBinarizer")
-
-MAX_COLUMNS = 30_000  # each is described in the signature, in 1.5 KB; a small file can say that there are so many
 
 # Where an estimator that hands its input on as it comes keeps the fitted ones that it hands it to.
 DELEGATES = {

@@ -16,12 +16,13 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from app.signature import Array, Rows, Signature, TensorSpec, bounds_of, objects_of, storage_of
+from app.marks import LEAST_BYTES, MAX_MARKS, has_long_run
+from app.signature import MAX_COLUMNS, Array, Rows, Signature, TensorSpec, bounds_of, objects_of, storage_of
 
 Draft = list[Any]
 """Rows that have been validated: a list or tuple of values for each, in the signature's order, or a text or record."""
 
-MAX_COLUMNS = 2000  # that a type of its own is made for
+MAX_TYPED = 2000  # columns that a type of its own is made for
 PARTS_BYTES = 1 << 18  # are looked at at a time
 PACKED_VALUES = 1 << 16  # so many are handed over at a time
 # Bytes of memory, in CPython: a list or a string, without what is in it; a dictionary; a number and the pointer to it.
@@ -89,7 +90,7 @@ class Intake:
             self.rows = self._columns
             self._fillers = [_filler(spec) for spec in signature.inputs]
             types = [_type(spec) for spec in signature.inputs]
-            if types and None not in types and len(types) <= MAX_COLUMNS:
+            if types and None not in types and len(types) <= MAX_TYPED:
                 listed = tuple[tuple(types)]  # type: ignore[misc,valid-type]
                 record = self._record(types)
                 self._decode = _decoder(listed if record is None else listed | record)
@@ -116,7 +117,7 @@ class Intake:
         signature = self._signature
         names = [spec.name for spec in signature.inputs]
         extra = [name for name in dict.fromkeys(signature.ignored) if name not in set(names)]
-        if not names or len(set(names)) != len(names) or len(names) + len(extra) > MAX_COLUMNS:
+        if not names or len(set(names)) != len(names) or len(names) + len(extra) > MAX_TYPED:
             return None
         fields: list[Any] = [(f"c{position}", kind) for position, kind in enumerate(types)]
         fields += [(f"x{position}", Any, None) for position in range(len(extra))]
@@ -129,9 +130,12 @@ class Intake:
 
     def _draft_items(self, instances: msgspec.Raw) -> Draft | None:
         try:
-            return self._decode(instances) or None
+            rows = self._decode(instances)
         except Exception:  # not JSON, not of these types, nested too deeply: the careful way tells
             return None
+        if len(instances) > LEAST_BYTES and self._has_long_run(instances, rows):
+            return None
+        return rows or None
 
     def _draft_numbers(self, instances: msgspec.Raw) -> Draft | None:
         try:
@@ -139,6 +143,8 @@ class Intake:
         except Exception:
             return None
         width = self._width or (len(rows[0]) if rows else 0)
+        if width > MAX_COLUMNS and not self._width:
+            return None
         for position, row in enumerate(rows):
             if type(row) is not list:
                 rows[position] = _as_tuple(row)[:width]
@@ -154,7 +160,22 @@ class Intake:
         for position, row in enumerate(rows):
             if type(row) is not tuple:
                 rows[position] = _as_tuple(row)[: self._width]
+        if len(instances) > LEAST_BYTES and self._has_long_run(instances, rows):
+            return None
         return rows or None
+
+    def _has_long_run(self, instances: msgspec.Raw, rows: Draft) -> bool:
+        """Whether a text in these rows would take too long to normalise."""
+        json = bytes(instances)
+        if json.isascii() and b"\\" not in json:  # nor an escape of another character
+            return False
+        if self._signature.layout == "text":
+            return any(has_long_run(text) for text in rows if len(text) > MAX_MARKS)
+        if self._signature.layout == "records":
+            rows = [[value] if type(value) is str else value for row in rows for value in row.values()]
+        return any(
+            type(text) is str and has_long_run(text) for row in rows if type(row) in (list, tuple) for text in row
+        )
 
     def _items(self, draft: Draft) -> Rows:
         column = np.empty(len(draft), dtype=object)

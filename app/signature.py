@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import heapq
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from app import marks
 from app.errors import InvalidInput, RequestTooLarge, Violation
 from app.names import shortened
 
@@ -32,7 +34,10 @@ Layout = Literal["matrix", "frame", "text", "records"]
 Array = npt.NDArray[Any]
 MAX_VIOLATIONS = 20
 MAX_SHOWN = 60  # characters of a value that a violation shows
-MAX_COMPARED = 1000  # columns that an unknown one is compared with
+MAX_COLUMNS = (
+    30_000  # of a model: each is described in 1.5 KB, and a small file, or request, can say that there are so many
+)
+MAX_COMPARED = 1200  # characters of names that an unknown column's is compared with: of those that are about as long
 
 
 class TensorSpec(BaseModel):
@@ -269,7 +274,9 @@ class Signature(BaseModel):
             ordered = self._names
             instances = [[row[name] for name in ordered] for row in instances]
         width = len(self.inputs) or (len(instances[0]) if type(instances[0]) is list else -1)
-        if width < 1 or not all(type(row) is list and len(row) == width for row in instances):
+        if width < 1 or (width > MAX_COLUMNS and not self.inputs):
+            return None
+        if not all(type(row) is list and len(row) == width for row in instances):
             return None
         types = set(map(type, chain.from_iterable(instances)))
         if not types <= _NUMERIC_OR_NULL:
@@ -296,6 +303,8 @@ class Signature(BaseModel):
                 column[index] = text = self._unwrapped(item)
                 if type(text) is not str:
                     report.add(path, "a string", text)
+                elif marks.has_long_run(text):
+                    report.add(path, marks.EXPECTED, marks.GOT, shown=True)
             elif type(item) is not dict:
                 report.add(path, "an object", item)
             else:
@@ -303,8 +312,8 @@ class Signature(BaseModel):
                 for key, value in item.items():
                     if type(value) not in _RECORD_VALUES and not _is_strings(value):
                         report.add(f"{path}{step_of(key)}", "a number, a string, a list of strings or null", value)
-            if report.full:
-                break
+                    elif any(map(marks.has_long_run, _texts_in(value))):
+                        report.add(f"{path}{step_of(key)}", marks.EXPECTED, marks.GOT, shown=True)
         report.raise_if_any()
         return Rows(self, len(instances), None, (column,))
 
@@ -333,8 +342,6 @@ class Signature(BaseModel):
                 wanted = "an object" if by_name else f"a list of {len(specs)} values"
                 report.add(f"instances[{index}]", wanted, row)
                 table.append([_ABSENT] * len(specs))
-            if report.full:
-                break
         columns = []
         for position, spec in enumerate(specs):
             values = [row[position] for row in table]
@@ -360,11 +367,10 @@ class Signature(BaseModel):
         if not isinstance(instances[0], list) or not instances[0]:
             names = " (nothing tells this model's columns: publish it with --examples to send objects)"
             report.add("instances[0]", f"a list of values{names if instances[0] else ''}", instances[0])
-            report.raise_if_any()
-        return [
-            TensorSpec(name=f"x{position}", datatype="FP64", dtype="object", assumed=True)
-            for position in range(len(instances[0]))
-        ]
+        elif len(instances[0]) > MAX_COLUMNS:
+            report.add("instances[0]", f"at most {MAX_COLUMNS:,} values", f"{len(instances[0]):,} values", shown=True)
+        report.raise_if_any()
+        return [TensorSpec(name="x", datatype="FP64", dtype="object", assumed=True)] * len(instances[0])
 
     def _ordered(self, row: dict[Any, Any], index: int, specs: Sequence[TensorSpec], report: _Report) -> list[Any]:
         missing = [spec for spec in specs if spec.name not in row]
@@ -374,22 +380,22 @@ class Signature(BaseModel):
             )
         if self.extra_columns == "forbid" and len(row) > len(specs) - len(missing):
             for name in row:
-                if report.full:
-                    break
                 if name not in self._known:
-                    close = _closest(name, [spec.name for spec in missing] or self._names)
-                    hint = f"; did you mean {close!r}?" if close else ""
                     report.add(
-                        f"instances[{index}]{step_of(name)}", "a known column", f"an unknown column{hint}", shown=True
+                        f"instances[{index}]{step_of(name)}",
+                        "a known column",
+                        f"an unknown column{report.hint(name, [spec.name for spec in missing] or self._names)}",
+                        shown=True,
                     )
         return [row.get(spec.name, _ABSENT) for spec in specs]
 
 
 def _closest(name: str, known: Sequence[str]) -> str | None:
     """Return the known name that is most like `name`, if one is and looking for it takes no time worth speaking of."""
-    if len(name) > MAX_SHOWN or len(known) > MAX_COMPARED:
+    if not 0 < len(name) <= MAX_SHOWN:
         return None
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+    near = heapq.nsmallest(MAX_COMPARED // len(name), known, key=lambda other: abs(len(other) - len(name)))
+    return next(iter(difflib.get_close_matches(name, near, n=1)), None)
 
 
 class _Absent:
@@ -402,18 +408,25 @@ _RECORD_VALUES = {str, int, float, bool, type(None)}
 
 
 class _Report:
-    """Collects violations, and stops at the limit."""
+    """Collects violations. The one that fills it raises, so that nobody looks at, or writes a path for, what it could not keep."""
 
     def __init__(self) -> None:
         self.violations: list[Violation] = []
+        self._has_hinted = False
 
-    @property
-    def full(self) -> bool:
-        return len(self.violations) >= MAX_VIOLATIONS
+    def hint(self, name: str, known: Sequence[str]) -> str:
+        """Return what an unknown column may have been meant to be, for the first one: the others mostly have the same cause."""
+        if self._has_hinted:
+            return ""
+        self._has_hinted = True
+        close = _closest(name, known)
+        return f"; did you mean {close!r}?" if close else ""
 
     def add(self, path: str, expected: str, got: Any, *, shown: bool = False) -> None:
-        if not self.full:
-            self.violations.append(Violation(path, expected, got if shown else show(got)))
+        """Keep a violation. Raises `InvalidInput` with all of them as soon as there are as many as are listed."""
+        self.violations.append(Violation(path, expected, got if shown else show(got)))
+        if len(self.violations) >= MAX_VIOLATIONS:
+            self.raise_if_any()
 
     def raise_if_any(self) -> None:
         if not self.violations:
@@ -421,7 +434,7 @@ class _Report:
         first = self.violations[0]
         more = len(self.violations) - 1
         rest = "" if not more else f", and {more} more violation{'s' if more > 1 else ''}"
-        rest += " (only the first 20 are listed)" if self.full else ""
+        rest += f" (only the first {MAX_VIOLATIONS} are listed)" if len(self.violations) >= MAX_VIOLATIONS else ""
         raise InvalidInput(f"{first.path}: expected {first.expected}, got {first.got}{rest}", self.violations)
 
 
@@ -448,6 +461,13 @@ def show(value: Any) -> str:
 
 def _is_strings(value: Any) -> bool:
     return type(value) is list and all(type(item) is str for item in value)
+
+
+def _texts_in(value: Any) -> Sequence[str]:
+    """Return the texts in a value of a record."""
+    if type(value) is str:
+        return (value,)
+    return value if type(value) is list else ()
 
 
 @functools.cache
@@ -513,6 +533,8 @@ def _anything(values: list[Any], spec: TensorSpec, path: Path, report: _Report) 
             taken = type(value) in (str, bool) or value is _ABSENT or (value is None and spec.nullable)
         if not taken:
             report.add(path(index), spec.expected, value)
+        elif type(value) is str and marks.has_long_run(value):
+            report.add(path(index), marks.EXPECTED, marks.GOT, shown=True)
     return objects_of(values, spec)
 
 
@@ -582,7 +604,10 @@ def _bytes(values: list[Any], spec: TensorSpec, path: Path, report: _Report) -> 
     if spec.is_datetime:
         return _datetimes(values, spec, path, report)
     for index, value in enumerate(values):
-        if type(value) is not str and value is not _ABSENT and not (value is None and spec.nullable):
+        if type(value) is str:
+            if marks.has_long_run(value):
+                report.add(path(index), marks.EXPECTED, marks.GOT, shown=True)
+        elif value is not _ABSENT and not (value is None and spec.nullable):
             report.add(path(index), spec.expected, value)
     return objects_of(values, spec)
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import inspection
-from app.errors import RequestError
+from app.errors import InvalidInput, RequestError
 from app.intake import Intake, open_envelope
-from app.signature import Rows, Signature, TensorSpec
+from app.marks import MAX_MARKS
+from app.signature import MAX_COLUMNS, Rows, Signature, TensorSpec
 from tests.zoo import BUILDERS, NEEDS_EXAMPLES, fitted
 
 # Times, columns of which nothing is known, and true and false for numbers: those requests go the careful way.
@@ -211,3 +212,42 @@ def test_a_whole_number_of_more_than_64_bits_in_a_record_is_left_to_the_careful_
     assert intake.draft(raw([{"a": 2**63 - 1}, {"a": -(2**63)}])) is not None
     for number in (2**64, -(2**63) - 1, 10**400):
         assert intake.draft(raw([{"a": number}])) is None
+
+
+def test_no_more_columns_are_plain_where_nothing_tells_how_many_than_a_model_can_have():
+    intake = Intake(Signature(layout="matrix", inputs=(), methods=("predict",)))
+
+    assert intake.draft(raw([[0.5] * MAX_COLUMNS])) is not None
+    assert intake.draft(raw([[0.5] * (MAX_COLUMNS + 1)])) is None
+
+
+TEXT_COLUMN = TensorSpec(name="a", datatype="BYTES", dtype="object")
+NUMBER_COLUMN = TensorSpec(name="b", datatype="FP64")
+WITH_TEXTS = {
+    "text": ("text", (TEXT_COLUMN,), lambda text: text),
+    "records": ("records", (TEXT_COLUMN,), lambda text: {"a": text}),
+    "records with lists": ("records", (TEXT_COLUMN,), lambda text: {"b": 1.5, "a": ["x", text]}),
+    "frame, as lists": ("frame", (TEXT_COLUMN, NUMBER_COLUMN), lambda text: [text, 1.5]),
+    "frame, as objects": ("frame", (TEXT_COLUMN, NUMBER_COLUMN), lambda text: {"b": 1.5, "a": text}),
+    "matrix": ("matrix", (NUMBER_COLUMN, TEXT_COLUMN), lambda text: [1.5, text]),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_TEXTS)
+def test_a_text_with_a_long_run_of_combining_characters_is_not_plain(kind):
+    layout, inputs, row = WITH_TEXTS[kind]
+    signature = Signature(layout=layout, inputs=inputs, methods=("predict",))
+    intake = Intake(signature)
+    marks = "\u0300\u0316" * (MAX_MARKS // 2)
+    for good in ("a" + marks, (marks + "b") * 3, "\u4e2d" * 5000, "a" * 5000, "\\u" * 5000):
+        for body in ([row(good)], [row("x"), row(good)]):
+            draft = intake.draft(raw(body))
+            assert draft is not None
+            equal(intake.rows(draft), signature.validate(body))
+    for bad in ("a" + marks + "\u0301", "b" * 4000 + marks * 3):
+        for body in ([row(bad)], [row("x"), row(bad)]):
+            written = (json.dumps(body, ensure_ascii=False).encode(), json.dumps(body).encode())
+            for instances in written:
+                assert intake.draft(msgspec.Raw(instances)) is None
+            with pytest.raises(InvalidInput, match="at most 1,000 combining characters in a row, got more than that"):
+                signature.validate(body)

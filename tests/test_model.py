@@ -49,6 +49,7 @@ from app.errors import (
 from app.manifest import Artifact, Golden, Manifest
 from app.model import Model, compare, part_of, use_one_thread, wire
 from app.names import ModelRef
+from app.signature import MAX_COLUMNS
 from app.storage.local import LocalStorage
 from app.storage.reader import CHUNK_BYTES
 from tests.zoo import MIXED, NAMED, NUMBERS, REAL, TEXTS, WORDS, X, fitted
@@ -480,7 +481,7 @@ def test_a_companion_that_shares_only_some_columns_with_its_model_is_refused():
 def test_more_columns_than_can_be_described_are_refused():
     """A small file says so, and each would have a description of its own."""
     model = LinearRegression().fit(X, X[:, 0])
-    model.n_features_in_ = inspection.MAX_COLUMNS + 1
+    model.n_features_in_ = MAX_COLUMNS + 1
 
     with pytest.raises(UnusableModel, match="takes 30,001 columns, and at most 30,000 can be served"):
         inspection.infer([], model)

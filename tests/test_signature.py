@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import sys
+import tracemalloc
+from collections.abc import Callable
 from datetime import timedelta, timezone
 from typing import Any
 
@@ -16,8 +20,9 @@ from pydantic import ValidationError
 
 from app.errors import InvalidInput, InvalidManifest, RequestError, RequestTooLarge
 from app.manifest import Manifest
+from app.marks import MAX_MARKS
 from app.names import ModelRef
-from app.signature import MAX_VIOLATIONS, Rows, Signature, TensorSpec, is_dtype
+from app.signature import MAX_COLUMNS, MAX_COMPARED, MAX_VIOLATIONS, Rows, Signature, TensorSpec, is_dtype
 
 
 def column(name: str, datatype: Any = "FP64", dtype: str = "float64", **more: Any) -> TensorSpec:
@@ -54,6 +59,28 @@ def violations(sign: Signature, instances: Any) -> list[tuple[str, str, str]]:
         sign.validate(instances)
     assert caught.value.violations[0].path in str(caught.value)
     return [(it.path, it.expected, it.got) for it in caught.value.violations]
+
+
+def test_no_more_columns_are_taken_where_nothing_tells_how_many_than_a_model_can_have():
+    widest = [[0] * (MAX_COLUMNS - 1) + ["a"]]
+    wider = ("instances[0]", "at most 30,000 values", "400,001 values")
+
+    assert len(ANY_WIDTH.validate(widest).columns) == MAX_COLUMNS
+    assert ANY_WIDTH.validate([[0.5] * MAX_COLUMNS]).array().shape == (1, MAX_COLUMNS)
+    for last in ("a", 1, None, True):
+        assert violations(ANY_WIDTH, [[0] * 400_000 + [last]]) == [wider]
+
+
+def test_what_is_too_wide_is_refused_before_anything_is_made_of_it():
+    instances = [[0] * 400_000 + ["a"]]
+    violations(ANY_WIDTH, instances)  # what is made once
+
+    tracemalloc.start()
+    try:
+        violations(ANY_WIDTH, instances)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_objects_are_refused_where_nothing_tells_the_columns_whatever_they_are_behind():
@@ -192,6 +219,32 @@ def test_a_missing_column_and_the_misspelt_one_in_its_place_are_both_named():
     ]
 
 
+def test_only_the_first_unknown_column_is_compared_and_with_few_names():
+    sign = signature(*[column(f"measurement_of_the_sensor_number_{number:04d}") for number in range(1000)])
+    row = {spec.name: 1.0 for spec in sign.inputs}
+    misspelt = {f"measurment_of_the_sensor_number_{number:04d}": 1.0 for number in range(20)}
+
+    def compare(names: Any) -> int:
+        compared = 0
+
+        def see(frame: Any, event: str, argument: Any) -> None:
+            nonlocal compared
+            compared += event == "call" and frame.f_code is difflib.SequenceMatcher.set_seq1.__code__
+
+        sys.setprofile(see)
+        try:
+            found = violations(sign, [{**row, **names}])
+        finally:
+            sys.setprofile(None)
+        assert ["did you mean 'measurement_of_the_sensor" in got for *_, got in found] == [
+            True,
+            *([False] * (len(names) - 1)),
+        ]
+        return compared
+
+    assert 0 < compare(dict([*misspelt.items()][:1])) == compare(misspelt) <= MAX_COMPARED // 30
+
+
 def test_extra_columns_are_let_in_only_where_the_signature_says_so():
     relaxed = signature(*MIXED.inputs, extra_columns="ignore")
     known = signature(*MIXED.inputs, ignored=("colour",))
@@ -205,6 +258,73 @@ def test_twenty_violations_are_listed_at_most():
     found = violations(MIXED, [{str(number): number for number in range(1000)}] * 50)
 
     assert len(found) == MAX_VIOLATIONS
+
+
+def calls(function: Callable[[], object]) -> int:
+    """Count the functions that are called until a request is refused. One look at a row or a value is none."""
+    count = 0
+
+    def see(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_name != "<genexpr>"
+
+    sys.setprofile(see)
+    try:
+        function()
+    except RequestError:
+        return count
+    finally:
+        sys.setprofile(None)
+    raise AssertionError("was not refused")
+
+
+BAD_VALUES: dict[str, tuple[Signature, Any]] = {
+    "numbers": (signature(*[column(f"c{it}") for it in range(5)], layout="matrix"), [""] * 5),
+    "integers": (signature(column("a", "INT64", "int64")), [0.5]),
+    "booleans": (signature(column("a", "BOOL", "bool")), [1]),
+    "strings": (signature(column("a", "BYTES", "str")), [1]),
+    "times": (signature(column("a", "BYTES", "datetime64[us]")), ["then"]),
+    "of any kind": (ANYTHING, [[], 1.0]),
+    "of any width": (ANY_WIDTH, [[]]),
+    "texts": (TEXT, 1),
+    "records": (RECORDS, {"a": {}}),
+    "rows of another length": (MIXED, [1, 2]),
+    "rows without a column": (MIXED, {}),
+    "rows that are none": (MIXED, 1),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VALUES)
+def test_nothing_is_done_about_what_a_full_report_could_not_list(kind):
+    sign, row = BAD_VALUES[kind]
+    few, many = [row] * 50, [row] * 5000
+    calls(lambda: sign.validate(few))  # what is made once
+
+    assert violations(sign, many) == violations(sign, few)
+    assert calls(lambda: sign.validate(many)) == calls(lambda: sign.validate(few))
+
+
+@pytest.mark.parametrize(
+    ("sign", "row", "path"),
+    [
+        (TEXT, lambda text: text, ""),
+        (TEXT, lambda text: [text], ""),
+        (TEXT, lambda text: {"text": text}, ""),
+        (RECORDS, lambda text: {"a": text}, ".a"),
+        (RECORDS, lambda text: {"a": ["b", text]}, ".a"),
+        (MIXED, lambda text: {**GOOD, "plan": text}, ".plan"),
+        (ANYTHING, lambda text: [text, 1.0], "[0]"),
+        (ANY_WIDTH, lambda text: [1.0, text], "[1]"),
+    ],
+)
+def test_texts_that_would_take_too_long_to_normalise_are_refused(sign, row, path):
+    marks = "\u0316\u0300" * (MAX_MARKS // 2)
+
+    assert sign.validate([row("a" + marks), row(("b" + marks) * 3)]).count == 2
+    for text in ("a" + marks + "\u0301", marks * 300 + "b"):
+        assert violations(sign, [row("a"), row(text)]) == [
+            (f"instances[1]{path}", "a text with at most 1,000 combining characters in a row", "more than that")
+        ]
 
 
 def test_the_sentence_counts_the_violations():

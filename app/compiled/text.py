@@ -13,18 +13,13 @@ import numpy as np
 
 from app.compiled.numeric import normalized
 from app.compiled.op import Malformed, Op, expect
+from app.compiled.patterns import is_linear
 from app.compiled.steps import MAX_WIDTH
 from app.compiled.values import Sparse, dense
 from app.signature import Array
 
-MAX_PATTERN = 200  # characters of a token pattern
 MAX_NGRAM = 64
 MANY_TERMS = 1 << 16  # from here on, terms are made one by one as they are looked up
-# A character or a set of characters. Of a group, `re` would return something else than the whole.
-_ONE = r"(?:\\[wWsSdD]|\\[^\w\s]|[^\W_]|[ ._,;:@#%&!<>=~'\"/-]|\[\^?\]?(?:[^\]\[\\]|\\[wWsSdD]|\\[^\w\s])+\])"
-_TAIL = rf"{_ONE}(?:[+*]|\{{\d{{1,2}}(?:,\d{{0,2}})?\}})?"
-_TOKEN = rf"(?:{_ONE}*(?:\({_ONE}+\))?{_ONE}*{_TAIL}|{_ONE}*\({_ONE}*{_TAIL}\))"
-_LINEAR = re.compile(rf"(?:\(\?u\))?(?:(?:\\b{_TOKEN}(?:\\b)?|{_TOKEN})(?:\||\Z))+\Z")
 _WHITE_SPACES = re.compile(r"\s\s+")
 
 
@@ -143,15 +138,6 @@ class CountTerms(Op, kind="count_terms"):
         numbers = np.ones(len(data)) if self.binary else np.array(data, dtype=np.float64)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         return Sparse(len(lengths), self.width, rows, np.array(columns, dtype=np.intp), numbers)
-
-
-def is_linear(pattern: str) -> bool:
-    """Whether the time that a pattern of tokens takes is known to grow no faster than the text.
-
-    Known are alternatives of single characters and sets of them, of which the last may be repeated, at the boundary of a word
-    or anywhere. A boundary behind them is known only with one before them, which leaves few places to begin at.
-    """
-    return len(pattern) <= MAX_PATTERN and _LINEAR.match(pattern) is not None
 
 
 def _each(items: Any, shortest: int, longest: int, joined: Callable[[Any], str]) -> Iterator[str]:

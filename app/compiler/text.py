@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from app.compiled.op import Op
-from app.compiled.text import MAX_NGRAM, CountTerms, Fields, Tfidf, is_linear
+from app.compiled.patterns import is_linear
+from app.compiled.text import MAX_NGRAM, CountTerms, Fields, Tfidf
 from app.compiler.pipeline import checked, then
 from app.compiler.preprocessing import floats
 from app.compiler.translation import Flow, NotCompilable, transforms

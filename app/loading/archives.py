@@ -53,7 +53,7 @@ def load(stream: io.BufferedReader, *, trusted: frozenset[str] = frozenset(), ma
         _place_arrays(tree, archive.arrays)
         _check_trees(tree)
         value = tree.construct()
-    soundness.check(value)
+    soundness.check(value, trusted=trusted)
     return value
 
 

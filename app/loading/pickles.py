@@ -66,7 +66,7 @@ def unpickle(stream: io.BufferedReader, *, trusted: frozenset[str] = frozenset()
     source = open_source(stream, max_bytes)
     value = Reader(source, trusted, Budget(max_bytes)).load()
     source.finish()
-    soundness.check(value, alien=StandIn)
+    soundness.check(value, alien=StandIn, trusted=trusted)
     return value
 
 

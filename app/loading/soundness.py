@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from app.compiled.patterns import is_linear
 from app.errors import LoadFailed
+from app.names import shortened
 
 MAX_DEPTH = 100  # of estimators and collections in one another; the pickler of most files gives up at about 300
 MAX_UNFOLDED = 64  # what is in several places, written out in each, is at most so many times as much ...
 MIN_UNFOLDED = 10_000_000  # ... or this
+MAX_SHOWN = 60  # characters of a pattern that are shown
 MAX_TOLD = 200  # characters of another's message, or of what is in the file
 
 _PLAIN = (
@@ -57,8 +60,10 @@ def _own_names(kind: Any) -> frozenset[str]:
     return frozenset(name for base in kind.__mro__ for name, value in vars(base).items() if type(value) is not bool)
 
 
-def check(value: Any, alien: type | tuple[()] = ()) -> None:
+def check(value: Any, alien: type | tuple[()] = (), *, trusted: frozenset[str] = frozenset()) -> None:
     """Look at everything in `value`. Nothing in it may be of the type `alien`. Raises `LoadFailed`.
+
+    `trusted` are full names of classes that the operator answers for: the patterns of their texts may take for ever.
 
     What only talks or computes in many threads is set to be quiet and alone: progress messages, and the number of
     threads of the machine that the model was fitted on.
@@ -69,6 +74,8 @@ def check(value: Any, alien: type | tuple[()] = ()) -> None:
         for look in _looks(found.__class__):
             try:
                 look(found)
+                if look is _vectorizer and full_name(type(found)) not in trusted:
+                    _pattern(found)
             except LoadFailed:
                 raise
             except Exception as error:  # anything can be where a number or an array should be
@@ -215,6 +222,11 @@ def _calm_keywords(keywords: Any) -> None:
 
 
 # What is looked at, by the class that it is of
+
+
+def full_name(kind: type) -> str:
+    """Return what `ML_TRUSTED_TYPES` calls a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 @functools.cache
@@ -565,6 +577,21 @@ def _vectorizer(vectorizer: Any) -> None:
         raise LoadFailed(
             f"has a {type(vectorizer).__name__}(input={given}), which would read the files that a request names: "
             "fit it on texts, with input='content'"
+        )
+
+
+def _pattern(vectorizer: Any) -> None:
+    """Refuse a pattern that could hang the process on a text: while `re` looks for it, no other thread has its turn."""
+    own, kind = vars(vectorizer), type(vectorizer)
+    analyzer, pattern = own.get("analyzer", "word"), own.get("token_pattern")
+    if callable(analyzer) or analyzer in ("char", "char_wb") or own.get("tokenizer") is not None or pattern is None:
+        return
+    if type(pattern) is not str or not is_linear(pattern):
+        given = repr(shortened(pattern, MAX_SHOWN)) if type(pattern) is str else f"a {type(pattern).__name__}"
+        raise LoadFailed(
+            f"has a {kind.__name__}(token_pattern={given}), which might take for ever on some texts, and let nothing else be "
+            "answered meanwhile: let nothing that can fail follow what is repeated, or, if nobody sends such texts, add "
+            f"{full_name(kind)} to ML_TRUSTED_TYPES"
         )
 
 

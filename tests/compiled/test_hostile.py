@@ -14,8 +14,9 @@ from app.compiled.labels import Each, First
 from app.compiled.linear import ClassLabels, sparse_product
 from app.compiled.neighbours import Neighbours
 from app.compiled.op import Malformed
+from app.compiled.patterns import is_linear
 from app.compiled.program import Program
-from app.compiled.text import CountTerms, is_linear
+from app.compiled.text import CountTerms
 from app.compiled.trees import Trees
 from app.compiled.values import Sparse
 from app.errors import LoadFailed, NoRoom, RequestTooLarge
@@ -53,15 +54,27 @@ def terms(**changed):
         r"(a|a)+b",
         r"(\w+)+!",
         r"\w*\w*!",
-        r"\w+\b",
+        r"[a-z]+\b",
+        r"(?a:\w+)\b",
+        r"(?:\w+,)*\b\w+;",
+        r"(?:a|a)+b|good|bad",
+        r"(?:aa|a){9,}b",
+        r"(?:a?){99}b",
+        r"(?:a+)?b",
+        r"\w+(?:'\w+)?!",
+        r"\w+(?:'\w+){2}",
+        r"\w*?x",
+        r"(?:a|b+)(?:c|d+)e",
+        r"\d{1,99}\.\d{1,99}",
+        r"[a-z]+(?=\s)",
+        r"(",
         r"\w+!",
         r"(\w)\1",
         r"(?=\w*!)a",
         r"[a-z]+@[a-z]+",
-        r"a?a?a?aaa",
+        "a?" * 30 + "a" * 30,
         r"a{200}",
         r"\b\w+\b.*!",
-        r"(a)(b)",
         "a" * 300,
     ],
 )
@@ -69,6 +82,11 @@ def test_a_token_pattern_that_may_take_for_ever_is_refused(pattern):
     assert not is_linear(pattern)
     with pytest.raises(Malformed, match="may take for ever"):
         read(stored(terms(pattern=pattern)))
+
+
+def test_a_token_pattern_of_several_groups_is_refused():
+    with pytest.raises(Malformed, match="several groups"):
+        read(stored(terms(pattern=r"(a)(b)")))
 
 
 @pytest.mark.parametrize(
@@ -85,6 +103,21 @@ def test_a_token_pattern_that_may_take_for_ever_is_refused(pattern):
         r"(?u)(\w)\w*",
         r"#(\w+)",
         r".",
+        r"\w+\b",
+        r"[a-zA-Z]+",
+        r"\b\w+\b",
+        r"\w+(?:'\w+)?",
+        r"\b\w+(?:['-]\w+)*\b",
+        r"[A-Za-z][A-Za-z0-9_-]+",
+        r"\d{4}-\d{2}-\d{2}",
+        r"\d{1,2}/\d{1,2}/\d{2,4}|\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}",
+        r"(?:[a-z]+)|(?:[0-9]+)",
+        r"(?i)\b[a-z][a-z]+\b",
+        r"\w+|\$[\d.]+|\S+",
+        r"(?:\w+\s?)+",
+        r"(?:ab)+|(?:colou?r|gray){1,2}",
+        r"(?:@\w+)?",
+        r"[a-z]{2,}?",
     ],
 )
 def test_usual_token_patterns_are_linear_and_take_a_long_text_of_any_kind(pattern):
@@ -97,6 +130,13 @@ def test_usual_token_patterns_are_linear_and_take_a_long_text_of_any_kind(patter
         " " * 200_000 + "_",
         "a!" * 100_000,
         "'" * 200_000,
+        "a'" * 100_000,
+        "a-a'" * 50_000 + "!",
+        "ab" * 100_000 + "c",
+        "1." * 100_000,
+        "1" * 200_000 + "/",
+        "a_" * 100_000 + "-",
+        "@" * 200_000,
     ):
         operation.run(np.array([text], dtype=object))
 

@@ -1526,6 +1526,25 @@ for kind in (CountVectorizer, TfidfVectorizer, HashingVectorizer):
             return model
 
 
+for kind in (CountVectorizer, TfidfVectorizer, HashingVectorizer):
+
+    @spoilt(
+        f"a {kind.__name__} with a pattern that may take for ever",
+        rf"has a {kind.__name__}\(token_pattern='\(\?:a\|a\)\+b'\), which might take for ever",
+    )
+    def _(kind: Any = kind) -> Any:
+        model = kind().fit(["good bad", "ugly"])
+        model.token_pattern = "(?:a|a)+b"
+        return model
+
+
+@spoilt("a pattern that is none", r"has a CountVectorizer\(token_pattern=a bytes\), which might take for ever")
+def _() -> Any:
+    model = CountVectorizer().fit(["good bad", "ugly"])
+    model.token_pattern = b"a"
+    return model
+
+
 @case("a transformer with a function that is not trusted", r"uses posix\.system", "joblib")
 def _(canary: Canary) -> bytes:
     import os

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skops.io
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import GradientBoostingRegressor
@@ -207,6 +208,40 @@ def test_what_is_read_works_alone_wherever_it_is():
     assert read[0].calibrated_classifiers_[1].estimator[0].n_jobs == 1
     assert read[1].kernel_.pairwise_kernels_kwargs == {"n_jobs": 1}
     assert read[2].vocabulary_ == words.vocabulary_
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?u)\b\w\w+\b",
+        r"[a-zA-Z]+",
+        r"\b\w+\b",
+        r"\w+(?:'\w+)?",
+        r"[A-Za-z][A-Za-z0-9_-]+",
+        r"\d{4}-\d{2}-\d{2}|[a-z]+",
+        r"(?:[a-z]+)|(?:[0-9]+)",
+        r"\S+",
+    ],
+)
+def test_a_vectorizer_with_an_ordinary_pattern_is_read(pattern):
+    words = CountVectorizer(token_pattern=pattern).fit(["good bad", "ugly"])
+
+    for format, data in (("pickle", pickle.dumps(words)), ("skops", skops.io.dumps(words))):
+        read = loaders.load(format, io.BytesIO(data), "a file").value
+        assert read.transform(["good ugly"]).toarray().tolist() == [[0, 1, 1]]
+
+
+def test_a_pattern_that_may_take_for_ever_is_taken_from_who_answers_for_it_or_does_not_use_it():
+    words = CountVectorizer(token_pattern="(?:a|a)+b|good|bad").fit(["good bad"])
+    trusted = frozenset({"sklearn.feature_extraction.text.CountVectorizer"})
+
+    for format, dumps in (("pickle", pickle.dumps), ("skops", skops.io.dumps)):
+        with pytest.raises(LoadFailed, match=rf"add {next(iter(trusted))} to ML_TRUSTED_TYPES"):
+            loaders.load(format, io.BytesIO(dumps(words)), "a file")
+        assert loaders.load(format, io.BytesIO(dumps(words)), "a file", trusted=trusted).value.vocabulary_
+        unused = CountVectorizer(analyzer="char").fit(["good bad"])
+        unused.token_pattern = words.token_pattern
+        assert loaders.load(format, io.BytesIO(dumps(unused)), "a file").value.vocabulary_
 
 
 def test_an_object_of_a_trusted_class_stays_one(tmp_path, monkeypatch):
