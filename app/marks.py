@@ -11,8 +11,8 @@ import functools
 import re
 import unicodedata
 
-MAX_MARKS = 1000  # combining characters in a row
-EXPECTED = f"a text with at most {MAX_MARKS:,} combining characters in a row"
+MAX_MARKS = 100  # combining characters in a row; Unicode calls text with 30 at most "stream-safe"
+EXPECTED = f"a text with at most {MAX_MARKS} combining characters in a row"
 GOT = "more than that"
 
 LEAST_BYTES = 2 * MAX_MARKS  # of JSON with more of them than that: each is two bytes or more, as an escape six
@@ -22,7 +22,7 @@ _END = 0x20000  # there are none beyond the first two planes
 def has_long_run(text: str) -> bool:
     """Whether there are more combining characters in a row in a text than may be.
 
-    A run of more than 1,000 has a character at a multiple of 1,001: only what is around those is looked at, if it is one.
+    A run of more than 100 has a character at a multiple of 101: only what is around those is looked at, if it is one.
     """
     if len(text) <= MAX_MARKS or text.isascii():
         return False

@@ -19,7 +19,7 @@ pieces = st.lists(
         st.sampled_from(
             ["\u0300", "\u0316\u0301", "\uff9e", "\u0f73", "\U0001d165", "a", "\u4e2d", "e\u0301", "\u3099"]
         ),
-        st.sampled_from([1, 2, 499, 500, 501, 999, 1000, 1001, 2500]),
+        st.sampled_from([1, 2, 49, 50, 51, 99, 100, 101, 250]),
     ),
     max_size=6,
 )
@@ -38,11 +38,11 @@ def test_a_run_is_found_wherever_it_begins(parts):
     assert has_long_run(text) == (longest(text) > MAX_MARKS)
 
 
-@pytest.mark.parametrize("before", [0, 1, 999, 1000, 1001, 1002, 2001, 2002, 5000])
+@pytest.mark.parametrize("before", [0, 1, 99, 100, 101, 102, 201, 202, 500])
 def test_the_limit_is_exact(before):
     for other in ("a", "\u4e2d"):
-        assert not has_long_run(other * before + "\u0301" * MAX_MARKS + other * 3000)
-        assert has_long_run(other * before + "\u0301" * (MAX_MARKS + 1) + other * 3000)
+        assert not has_long_run(other * before + "\u0301" * MAX_MARKS + other * 300)
+        assert has_long_run(other * before + "\u0301" * (MAX_MARKS + 1) + other * 300)
 
 
 def test_every_character_that_normalising_would_move_is_one():
@@ -80,7 +80,8 @@ def test_few_characters_are_looked_at_where_there_is_no_long_run():
         return count
 
     assert calls("a" * 10_000_000) == calls("a" * 2000)
-    assert calls("\u4e2d" * 900) <= 5
-    for text in ("\u4e2d", "e\u0301", "a" + "\u0300\u0316" * 500):
+    assert calls("\u4e2d" * 90) <= 5
+    for text in ("\u4e2d", "e\u0301", "a" + "\u0300\u0316" * 50):
         few = text * (100_000 // len(text))
-        assert calls(few * 10) <= 11 * calls(few) <= len(few) / 2
+        assert calls(few * 10) <= 11 * calls(few)
+        assert calls(few) <= len(few) / 10
