@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        if debugging:
-            raise
+        if debugging or isinstance(error, ModuleNotFoundError):
+            raise  # of a module that is missing, `app/__main__.py` says what to do
         text = " ".join(f"{type(error).__name__}: {error}".split())
         detail = f"unexpected {text} (ML_LOG_LEVEL=debug shows where it comes from)"
         return fail(FAILED, "unexpected", detail, f"error: {detail}")

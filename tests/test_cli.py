@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import fcntl
 import json
@@ -148,6 +149,46 @@ def test_wrong_usage_ends_with_code_2(run, words, complaint):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: python -m app")
     assert complaint in done.stderr
+
+
+def test_the_command_can_be_read_by_older_pythons():
+    for minor in range(4, 12):  # it has to be read before it can say so
+        for name in ("__init__.py", "__main__.py"):
+            ast.parse((ROOT / "app" / name).read_text(), feature_version=(3, minor))
+
+
+def test_an_older_python_says_in_a_line_that_it_is_too_old():
+    def told(python: str, *words: str) -> tuple[int, str]:
+        done = subprocess.run([python, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    named = [path for minor in range(5, 12) if (path := shutil.which(f"python3.{minor}"))]
+    old = [
+        path for path in named if told(path, "-c", "pass") == (0, "")
+    ]  # a name may stand for one that is not installed
+    if not old:
+        pytest.skip("needs an older Python")
+    for python in old:
+        version = python.rpartition("python")[2]
+
+        assert told(python, "-m", "app", "list") == (2, f"Python 3.12 is needed, this is {version}\n")
+
+
+def test_a_python_without_the_requirements_says_in_a_line_what_is_missing():
+    bare = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        "import runpy, sys; sys.path[:0] = ['.']; runpy.run_module('app', {}, '__main__')",
+    ]
+    done = subprocess.run([*bare, "list"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"module \w+ is missing: python -m pip install -r requirements.txt, or use .venv/bin/python, which `make run` makes\n",
+        done.stderr,
+    )
 
 
 def test_publishing_says_what_was_published_and_what_serves(run, run_here, files):
