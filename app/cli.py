@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.errors import DisklessError, SettingsError, UnknownVersion, UnusableKey
 from app.names import printable
-from app.settings import KEYS_MISSING, MAX_WORKERS, Settings, load_settings
+from app.settings import KEYS_MISSING, MAX_WORKERS, Settings, load_settings, misspelt
 
 if TYPE_CHECKING:
     from app.doctor import Finding
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = load_settings()
         except SettingsError as error:
             if options.command != _doctor:
-                raise
+                raise SettingsError([*error.problems, *misspelt()]) from error
             return _tell_of_settings(options, error)
         debugging = settings.log_level == "debug"
         return int(options.command(options, settings))
@@ -126,6 +126,8 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     from app import limits, log
 
     log.configure(settings.log_level, settings.log_format)
+    for problem in misspelt():
+        logging.getLogger("diskless.server").warning("unknown setting", extra={"fields": {"problem": problem}})
     limits.allow_files(settings.max_connections)
     if (fit := limits.connections_within_files(settings.max_connections)) < settings.max_connections:
         text = "fewer connections than ML_MAX_CONNECTIONS fit: the process may not open so many files"

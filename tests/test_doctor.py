@@ -811,6 +811,17 @@ def test_settings_that_describe_nothing_are_told_with_their_remedies():
     assert str(findings[0]) == "FAILED  settings: R2_BUCKET is missing\n        what to do: set it to a name"
 
 
+async def test_a_misspelt_setting_is_a_warning_without_its_value(examine, environment, local):
+    warning = State.WARNING, "ML_REQUIRE_MODELS is no setting: did you mean ML_REQUIRED_MODELS?"
+    findings = [it for it in await examine(**local, ML_REQUIRE_MODELS=SECRET) if it.check == "settings"]
+    environment(ML_REFRESH_SECONDS="x")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+
+    assert [(it.state, it.found) for it in findings[1:]] == [warning]
+    assert [(it.state, it.found) for it in doctor.of_settings(caught.value)[1:]] == [warning]
+
+
 async def test_the_document_has_every_check_in_order_and_whether_all_is_well(examine, local):
     findings = await examine(**local)
     document = json.loads(json.dumps(doctor.document(findings)))
