@@ -165,10 +165,15 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _listen(settings: Settings) -> socket.socket:
+    """Return the listening socket, and log where it listens. Raises `SettingsError`."""
     from app import listening
 
     try:
-        return listening.listen(settings.host, settings.port)
+        sock = listening.listen(settings.host, settings.port)
+        host, port, *_ = sock.getsockname()
+        fields = {"host": host, "port": port, "workers": settings.workers}
+        logging.getLogger("diskless.server").info("listening", extra={"fields": fields})
+        return sock
     except socket.gaierror as error:
         problem = f"HOST is not usable: {settings.host!r}: {error.strerror}: set an address of this machine, or none"
     except OSError as error:

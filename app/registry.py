@@ -169,10 +169,11 @@ class Registry:
         """
         if self.draining:
             return "the service is stopping"
-        reason = self._missing()
+        reason = self.missing()
         return self.waits_for if reason is None else reason
 
-    def _missing(self) -> str | None:
+    def missing(self) -> str | None:
+        """Return why not every required model can answer, or None when each can; whatever else keeps the service from it."""
         entries = self._snapshot.entries
         if self._found_at_start is None and not self._required:
             return "the models are being loaded" if entries else self._unread
