@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, UNFIT, INTERRUPTED = 0, 1, 2, 3, 130
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
+MAX_PORT = 65535
 BAR_BYTES = 1024 * 1024  # objects from this size on get a progress bar
 KEY_FILE_BYTES = 4096  # nothing longer is a key
 
@@ -62,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debugging = False
     try:
         options = _parser().parse_args(words)
+        if options.command == _serve and options.json:
+            raise _WrongUsage(
+                _parser().format_usage(), "python -m app: error: serve prints no document, so it has no --json"
+            )
         if options.command == _keygen:  # it needs no bucket
             return _keygen(options)
         try:
@@ -178,7 +183,8 @@ def _listen(settings: Settings) -> socket.socket:
         problem = f"HOST is not usable: {settings.host!r}: {error.strerror}: set an address of this machine, or none"
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            problem = f"PORT {settings.port} is in use: stop what listens there, or choose another"
+            problem = f"PORT {settings.port} is in use: stop what listens there, or choose another, "
+            problem += f"for example PORT={settings.port + 1 if settings.port < MAX_PORT else 8000}"
         elif error.errno == errno.EACCES:
             problem = f"PORT {settings.port} may not be listened on by this user: choose one from 1024 up"
         else:
@@ -394,6 +400,7 @@ def _promote(options: argparse.Namespace, settings: Settings) -> int:
         f"{now} now; before, it named {moved.previous or 'nothing'}"
         if moved.changed
         else f"{now} already; nothing was changed",
+        *([] if moved.alias in settings.aliases else [f"services serve it only where ML_ALIASES has {moved.alias}"]),
     )
 
 
@@ -538,13 +545,17 @@ def _read_key(path: str) -> PrivateKey:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m app", description="Serve scikit-learn models from Cloudflare R2.")
+    json_help = "print one JSON document instead of text"
+    parser.add_argument("--json", action="store_true", help=json_help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, help: str, *parents: _Parser) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", parents=parents)
 
     common = _Parser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    common.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help=json_help
+    )  # or it is before COMMAND
     named = _Parser(add_help=False)
     named.add_argument("name", metavar="NAME", help="the model's name")
     one = _Parser(add_help=False, parents=[named])

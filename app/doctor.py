@@ -74,6 +74,11 @@ _REMEDIES = {
     "StorageUnavailable": "try again, and if it stays so, ask whoever runs the server",
 }
 _WITH_REMEDY = {"VersionMismatch", "NoRoom", "SealMissing", "ForeignSeal", "SealBroken", "UntrustedType"}
+_EXPLAINED = {
+    "LoadFailed",
+    "CompanionFailed",
+}  # where the versions of libraries, or modules that are missing, explain it
+_TO_BE_DONE = re.compile(r"[:;] (?=(?:put|define|deploy|train) )")  # that explanation ends with what is to be done, too
 _OTHERWISE = "mend what it says, and publish the model again"
 
 
@@ -294,6 +299,8 @@ def _unfit(check: str, kind: str | None, text: str) -> Finding:
     found, colon, remedy = text.rpartition(": ")
     if kind in _WITH_REMEDY and colon:
         return _failed(check, found, remedy)
+    if kind in _EXPLAINED and (itself := _TO_BE_DONE.search(text)):
+        return _failed(check, text[: itself.start()], text[itself.end() :])
     return _failed(check, text, _REMEDIES.get(kind or "", _OTHERWISE))
 
 

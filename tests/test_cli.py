@@ -57,6 +57,7 @@ def files(tmp_path_factory) -> Path:
     FRAME.assign(target=1).to_csv(folder / "rows.csv", index=False)
     FRAME.to_parquet(folder / "rows.parquet")
     (folder / "rows.json").write_text(json.dumps(FRAME.to_dict("records")))
+    FRAME.to_json(folder / "columns.json")
     (folder / "sums.json").write_text("[[1, 2, 3], [4, 5, 6]]")
     (folder / "broken.json").write_text("[[1, 2")
     (folder / "rows.xlsx").write_text("a table")
@@ -238,14 +239,24 @@ def test_publishing_without_examples_says_what_that_costs(run_here):
     [
         (["a b", "--model", "sum.joblib"], "error: model name 'a b' is not one: expected 1 to 100 letters"),
         (["sum", "--model", "sum.joblib", "--version", "../1"], "error: version '../1' is not one"),
-        (["sum", "--model", "missing.joblib"], "error: the model cannot be read: No such file or directory: missing"),
+        (
+            ["sum", "--model", "no/missing.joblib"],
+            "error: the model cannot be read: No such file or directory: no/missing.joblib",
+        ),
         (["sum", "--model", "."], "error: .*expected a file that ends in .joblib, .pkl"),
         (["sum", "--model", "model.h5"], "error: model.h5: expected a file that ends in .joblib, .pkl"),
         (["sum", "--model", "text.joblib"], "error: model.joblib: cannot be read as joblib: "),
         (["sum", "--model", "sum.joblib", "--scaler", "text.joblib"], "error: scaler.joblib: cannot be read as joblib"),
-        (["sum", "--model", "sum.joblib", "--examples", "missing.csv"], "error: the examples cannot be read: No such"),
+        (
+            ["sum", "--model", "sum.joblib", "--examples", "no/it.csv"],
+            "error: the examples cannot be read: .*: no/it.csv",
+        ),
         (["sum", "--model", "sum.joblib", "--examples", "broken.json"], "error: broken.json: cannot be read: "),
         (["sum", "--model", "sum.joblib", "--examples", "rows.xlsx"], "error: rows.xlsx: expected a file that ends in"),
+        (
+            ["sum", "--model", "sum.joblib", "--examples", "columns.json"],
+            r'error: columns.json: expected a list of rows: write it with to_json\(orient="records"\)$',
+        ),
         (["fails", "--model", "fails.pkl", "--examples", "sums.json"], "error: the model cannot answer predict for"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
@@ -293,12 +304,23 @@ def test_an_alias_is_moved_and_moved_back_in_words(three):
     assert said(three("promote", "sum", "3")) == (0, "sum: production names 3 now; before, it named 2\n")
     assert said(three("promote", "sum", "1", "--alias", "old")) == (
         0,
-        "sum: old names 1 now; before, it named nothing\n",
+        "sum: old names 1 now; before, it named nothing\nservices serve it only where ML_ALIASES has old\n",
     )
     assert said(three("rollback", "sum")) == (0, "sum: production went back from 3 to 2\n")
     assert said(three("rollback", "sum")) == (0, "sum: production went back from 2 to 1\n")
     nothing = "error: sum: production names 1, and its history has nothing before that to go back to; there is 1, 2, 3"
     assert said(three("rollback", "sum")) == (1, f"{nothing}: promote one of them\n")
+
+
+@pytest.mark.parametrize("words", [["promote", "fraud", "1"], ["rollback", "fraud"], ["unpublish", "fraud", "1"]])
+def test_a_bare_file_is_told_to_have_no_versions(run_here, tmp_path, files, words):
+    (tmp_path / "models").mkdir()
+    shutil.copy(files / "sum.joblib", tmp_path / "models" / "fraud.joblib")
+
+    bare = "error: fraud is a bare file, which has no versions: publish it first\n"
+    assert said(run_here(*words)) == (1, bare)
+    other = [words[0], "churn", *words[2:]]
+    assert said(run_here(*other)) == (1, "error: there is no published model 'churn'; there is nothing\n")
 
 
 def test_rolling_back_passes_over_what_was_unpublished(three):
@@ -418,6 +440,15 @@ def test_with_json_an_error_is_one_document_with_the_same_exit_code(three, words
     assert text.stdout == ""
     assert (document.keys(), document["error"]) == ({"error", "detail"}, error)
     assert document["detail"] in text.stderr
+
+
+def test_json_may_be_asked_for_before_the_command(three):
+    after, before = three("list", "--json"), three("--json", "list")
+
+    assert (before.returncode, before.stdout) == (0, after.stdout)
+    assert json.loads(three("--json", "promote", "sum", "2").stdout)["version"] == "2"
+    refused = three("--json", "serve")
+    assert (refused.returncode, json.loads(refused.stdout)["error"]) == (2, "wrong_usage")
 
 
 def test_with_json_missing_settings_are_told_as_an_error(run_here, monkeypatch):
@@ -668,7 +699,10 @@ def test_a_port_in_use_is_told_with_the_remedy(run):
 
     for one in done:
         assert (one.returncode, one.stdout) == (2, "")
-        assert one.stderr == f"PORT {port} is in use: stop what listens there, or choose another\n"
+        assert (
+            one.stderr
+            == f"PORT {port} is in use: stop what listens there, or choose another, for example PORT={port + 1}\n"
+        )
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
@@ -686,7 +720,8 @@ def test_what_nobody_expected_is_one_line_unless_asked_for_more(run, tmp_path):
     environment = {"PYTHONPATH": f"{broken}:{ROOT}"}
     plain, asked = run("serve", **environment), run("serve", **environment, ML_LOG_LEVEL="debug")
 
-    assert (plain.returncode, plain.stdout) == (1, "")
+    assert plain.returncode == 1
+    assert [json.loads(line)["event"] for line in plain.stdout.splitlines()] == ["listening"]
     assert plain.stderr == (
         "error: unexpected RuntimeError: cannot be imported (ML_LOG_LEVEL=debug shows where it comes from)\n"
     )

@@ -714,6 +714,20 @@ async def test_a_broken_version_fails_where_it_is_served_and_is_a_warning_where_
     assert "unpublish a 2" in unserved.remedy
 
 
+async def test_a_missing_module_is_told_with_the_remedy_that_helps_and_no_other(examine, local):
+    folder = Path(local["ML_LOCAL_DIR"]) / "models"
+    folder.mkdir()
+    (folder / "a.pkl").write_bytes(b"cfeatures\nClean\n.")
+    (told,) = (it for it in await examine(**local, ML_TRUSTED_TYPES="features.Clean") if it.check.startswith("model "))
+
+    assert told.state is State.FAILED
+    assert told.found.endswith("it needs the module features, which is not installed here")
+    assert told.remedy == (
+        "put features, in the version it was trained with, into ml-requirements.txt, or, if it is code of your own, "
+        "deploy it with the service"
+    )
+
+
 async def test_a_version_without_a_trusted_seal_is_told(examine, local, manager):
     private, public = seal.keygen()
     manager.save("a", linear(1), seal_key=private)

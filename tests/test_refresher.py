@@ -190,7 +190,7 @@ async def test_a_promoted_version_replaces_the_old_one_and_its_runner_goes(manag
 
         assert (outcome.loaded, outcome.retired) == (("a/3",), ("a/1",))
         assert await served.ask(ONE, "a") == pytest.approx([6])
-        with pytest.raises(ModelNotFound, match="loaded are: 3"):
+        with pytest.raises(ModelNotFound, match="loaded are version 3"):
             served.registry.get("a", version="1")
         rows = old.model.signature.validate(ONE)  # a request that took its runner just before the swap
         assert (await old.predict(rows, "predict")).tolist() == pytest.approx([4])
