@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.errors import DisklessError, SettingsError, UnknownVersion, UnusableKey
 from app.names import printable
-from app.settings import KEYS_MISSING, MAX_WORKERS, Settings, load_settings
+from app.settings import KEYS_MISSING, MAX_WORKERS, Settings, load_settings, misspelt
 
 if TYPE_CHECKING:
     from app.doctor import Finding
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, UNFIT, INTERRUPTED = 0, 1, 2, 3, 130
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
+MAX_PORT = 65535
 BAR_BYTES = 1024 * 1024  # objects from this size on get a progress bar
 KEY_FILE_BYTES = 4096  # nothing longer is a key
 
@@ -62,13 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debugging = False
     try:
         options = _parser().parse_args(words)
+        if options.command == _serve and options.json:
+            raise _WrongUsage(
+                _parser().format_usage(), "python -m app: error: serve prints no document, so it has no --json"
+            )
         if options.command == _keygen:  # it needs no bucket
             return _keygen(options)
         try:
             settings = load_settings()
         except SettingsError as error:
             if options.command != _doctor:
-                raise
+                raise SettingsError([*error.problems, *misspelt()]) from error
             return _tell_of_settings(options, error)
         debugging = settings.log_level == "debug"
         return int(options.command(options, settings))
@@ -84,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        if debugging:
-            raise
+        if debugging or isinstance(error, ModuleNotFoundError):
+            raise  # of a module that is missing, `app/__main__.py` says what to do
         text = " ".join(f"{type(error).__name__}: {error}".split())
         detail = f"unexpected {text} (ML_LOG_LEVEL=debug shows where it comes from)"
         return fail(FAILED, "unexpected", detail, f"error: {detail}")
@@ -126,6 +131,8 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
     from app import limits, log
 
     log.configure(settings.log_level, settings.log_format)
+    for problem in misspelt():
+        logging.getLogger("diskless.server").warning("unknown setting", extra={"fields": {"problem": problem}})
     limits.allow_files(settings.max_connections)
     if (fit := limits.connections_within_files(settings.max_connections)) < settings.max_connections:
         text = "fewer connections than ML_MAX_CONNECTIONS fit: the process may not open so many files"
@@ -163,15 +170,21 @@ def _serve(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _listen(settings: Settings) -> socket.socket:
+    """Return the listening socket, and log where it listens. Raises `SettingsError`."""
     from app import listening
 
     try:
-        return listening.listen(settings.host, settings.port)
+        sock = listening.listen(settings.host, settings.port)
+        host, port, *_ = sock.getsockname()
+        fields = {"host": host, "port": port, "workers": settings.workers}
+        logging.getLogger("diskless.server").info("listening", extra={"fields": fields})
+        return sock
     except socket.gaierror as error:
         problem = f"HOST is not usable: {settings.host!r}: {error.strerror}: set an address of this machine, or none"
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            problem = f"PORT {settings.port} is in use: stop what listens there, or choose another"
+            problem = f"PORT {settings.port} is in use: stop what listens there, or choose another, "
+            problem += f"for example PORT={settings.port + 1 if settings.port < MAX_PORT else 8000}"
         elif error.errno == errno.EACCES:
             problem = f"PORT {settings.port} may not be listened on by this user: choose one from 1024 up"
         else:
@@ -387,6 +400,7 @@ def _promote(options: argparse.Namespace, settings: Settings) -> int:
         f"{now} now; before, it named {moved.previous or 'nothing'}"
         if moved.changed
         else f"{now} already; nothing was changed",
+        *([] if moved.alias in settings.aliases else [f"services serve it only where ML_ALIASES has {moved.alias}"]),
     )
 
 
@@ -531,13 +545,17 @@ def _read_key(path: str) -> PrivateKey:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m app", description="Serve scikit-learn models from Cloudflare R2.")
+    json_help = "print one JSON document instead of text"
+    parser.add_argument("--json", action="store_true", help=json_help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, help: str, *parents: _Parser) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", parents=parents)
 
     common = _Parser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    common.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help=json_help
+    )  # or it is before COMMAND
     named = _Parser(add_help=False)
     named.add_argument("name", metavar="NAME", help="the model's name")
     one = _Parser(add_help=False, parents=[named])

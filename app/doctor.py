@@ -15,7 +15,7 @@ import secrets
 import socket
 import ssl
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -37,7 +37,7 @@ from app.errors import (
     StorageError,
 )
 from app.model_storage import Catalogue, ModelStorageManager
-from app.settings import R2_HOST, Mode, Settings
+from app.settings import R2_HOST, Mode, Settings, misspelt
 from app.storage.base import Storage
 from app.tracing import Exporter
 from app.verification import verify
@@ -74,6 +74,11 @@ _REMEDIES = {
     "StorageUnavailable": "try again, and if it stays so, ask whoever runs the server",
 }
 _WITH_REMEDY = {"VersionMismatch", "NoRoom", "SealMissing", "ForeignSeal", "SealBroken", "UntrustedType"}
+_EXPLAINED = {
+    "LoadFailed",
+    "CompanionFailed",
+}  # where the versions of libraries, or modules that are missing, explain it
+_TO_BE_DONE = re.compile(r"[:;] (?=(?:put|define|deploy|train) )")  # that explanation ends with what is to be done, too
 _OTHERWISE = "mend what it says, and publish the model again"
 
 
@@ -122,14 +127,21 @@ async def examine(settings: Settings, *, read_only: bool = False) -> AsyncGenera
 
 
 def of_settings(error: SettingsError) -> list[Finding]:
-    """Return a finding for every problem of settings that describe nothing that could be examined."""
+    """Return a finding for every problem of settings that describe nothing that could be examined, and what may be behind it."""
     findings = []
     for problem in error.problems:
         found, colon, remedy = problem.partition(": ")
         if not colon or remedy.startswith("expected"):
             found, remedy = problem, "set it as expected, in the environment or in .env"
         findings.append(Finding("settings", State.FAILED, found, remedy))
-    return findings
+    return [*findings, *_misspelt()]
+
+
+def _misspelt() -> Iterator[Finding]:
+    for problem in misspelt():
+        yield _warning(
+            "settings", problem, "set the variable that was meant, or remove this one; the README has them all"
+        )
 
 
 def is_well(findings: Sequence[Finding]) -> bool:
@@ -287,6 +299,8 @@ def _unfit(check: str, kind: str | None, text: str) -> Finding:
     found, colon, remedy = text.rpartition(": ")
     if kind in _WITH_REMEDY and colon:
         return _failed(check, found, remedy)
+    if kind in _EXPLAINED and (itself := _TO_BE_DONE.search(text)):
+        return _failed(check, text[: itself.start()], text[itself.end() :])
     return _failed(check, text, _REMEDIES.get(kind or "", _OTHERWISE))
 
 
@@ -307,6 +321,8 @@ async def _settings(patient: _Patient) -> AsyncIterator[Finding]:
     yield _ok(
         "settings", f"mode {settings.mode} ({settings.mode_reason}): {patient.place}, models under {_prefix(settings)}"
     )
+    for finding in _misspelt():
+        yield finding
 
 
 async def _traces(patient: _Patient) -> AsyncIterator[Finding]:

@@ -331,7 +331,9 @@ class RateLimited(RequestError):
 
     def __init__(self, requests: int, seconds: int, *, pause_seconds: int) -> None:
         period = "second" if seconds == 1 else f"{seconds} seconds"
-        super().__init__(f"this key may send {requests} requests a {period}, and has: try again later")
+        super().__init__(
+            f"this key may send {requests} requests a {period}, and has sent them: try again in {pause_seconds} s"
+        )
         self.requests = requests
         self.seconds = seconds
         self.retry_after_seconds = pause_seconds

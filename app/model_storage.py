@@ -15,7 +15,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -43,6 +43,7 @@ from app.errors import (
     RequestError,
     StorageError,
     StorageUnavailable,
+    UnknownVersion,
     UnusableKey,
     UnusableModel,
     VersionExists,
@@ -681,6 +682,30 @@ class ModelStorageManager:
 
     # The life of a version
 
+    async def _change_of(
+        self, name: str, change: Callable[[Index], Index], *, is_done: Callable[[Index], bool]
+    ) -> Index:
+        """Change the index in what it has of a model. Raises `UnknownVersion`, which says so where the model is a bare one."""
+        is_published = True
+
+        def watched(index: Index) -> Index:
+            nonlocal is_published
+            is_published = name in index.models
+            return change(index)
+
+        try:
+            return await self._change_index(watched, is_done=is_done)
+        except UnknownVersion as error:
+            if not is_published and await self._is_bare(name):
+                raise UnknownVersion(f"{name} is a bare file, which has no versions: publish it first") from error
+            raise
+
+    async def _is_bare(self, name: str) -> bool:
+        """Whether a name that is not published is that of a bare model, as far as that can be seen."""
+        with suppress(StorageError):
+            return any(wanted.ref.name == name for wanted in (await self.catalogue()).wanted.values() if wanted.bare)
+        return False
+
     async def promote(self, name: str, version: str, *, alias: str = PRODUCTION) -> Moved:
         """Let `alias` name this version. Where it does already, nothing is written.
 
@@ -705,7 +730,7 @@ class ModelStorageManager:
         def is_moved(index: Index) -> bool:
             return _has_move(index, name, alias, seen[0], Move(version=version, at=at, by=by))
 
-        await self._change_index(move, is_done=is_moved)
+        await self._change_of(name, move, is_done=is_moved)
         return Moved(ModelRef(name, version), alias, (seen[0] if changed else seen[-1]).aliases.get(alias), changed)
 
     async def rollback(self, name: str, *, alias: str = PRODUCTION) -> Moved:
@@ -732,7 +757,7 @@ class ModelStorageManager:
         def is_moved(index: Index) -> bool:
             return _has_move(index, name, alias, seen[0], Move(version=version, at=at, by=by, rollback=True))
 
-        await self._change_index(move, is_done=is_moved)
+        await self._change_of(name, move, is_done=is_moved)
         return Moved(ModelRef(name, version), alias, seen[0].aliases.get(alias), True, skipped)
 
     async def unpublish(self, name: str, version: str, *, drop_aliases: bool = False) -> Unpublished:
@@ -758,7 +783,7 @@ class ModelStorageManager:
         def is_removed(index: Index) -> bool:
             return index.models.get(name, ModelEntry()).unpublished.get(version) == Removal(at=at, by=by)
 
-        index = await self._change_index(remove, is_done=is_removed)
+        index = await self._change_of(name, remove, is_done=is_removed)
         ref = ModelRef(name, version)
         manifest = self._key(ref, "manifest.json")  # goes first: without it there is no version to be taken up again
         stored = [info.key for info in await self.storage.list(self._key(ref, ""))]

@@ -130,11 +130,11 @@ def part_from_file(role: str, path: Path) -> DraftPart:
     """Read an artifact from a file; its format is told by the file's ending. Raises `PublishError`."""
     format = SUFFIXES.get(path.suffix.lower())
     if format is None:
-        raise PublishError(f"{path.name}: expected a file that ends in {', '.join(SUFFIXES)}")
+        raise PublishError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
     try:
         return DraftPart(role, format, path.read_bytes())
     except OSError as error:
-        raise PublishError(f"the {role} cannot be read: {error.strerror}: {path.name}") from error
+        raise PublishError(f"the {role} cannot be read: {error.strerror}: {path}") from error
 
 
 def draft(
@@ -306,6 +306,10 @@ class Table:
             raise UnusableExamples(f"{self.path.name}: cannot be read: {loaders.reason(error)}") from error
 
 
+class _Columns(Exception):
+    """What was read has its columns in a row, each with its values by the number of the row: pandas' own form of JSON."""
+
+
 def read_examples(path: Path) -> Any:
     """Read examples from a file that ends in .csv, .parquet or .json (a list of rows or of objects, or JSON lines).
 
@@ -322,12 +326,14 @@ def read_examples(path: Path) -> Any:
         if ending in (".json", ".jsonl", ".ndjson"):
             return _read_json(path.read_bytes())
     except ImportError as error:
-        raise UnusableExamples(f"{path.name}: reading parquet needs pyarrow: pip install pyarrow") from error
+        raise UnusableExamples(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
+    except _Columns as error:
+        raise UnusableExamples(f'{path}: expected a list of rows: write it with to_json(orient="records")') from error
     except OSError as error:
-        raise UnusableExamples(f"the examples cannot be read: {error.strerror}: {path.name}") from error
+        raise UnusableExamples(f"the examples cannot be read: {error.strerror}: {path}") from error
     except Exception as error:  # whatever a parser says of a broken file
-        raise UnusableExamples(f"{path.name}: cannot be read: {loaders.reason(error)}") from error
-    raise UnusableExamples(f"{path.name}: expected a file that ends in .csv, .parquet or .json")
+        raise UnusableExamples(f"{path}: cannot be read: {loaders.reason(error)}") from error
+    raise UnusableExamples(f"{path}: expected a file that ends in .csv, .parquet or .json")
 
 
 def _read_json(body: bytes) -> Any:
@@ -335,6 +341,8 @@ def _read_json(body: bytes) -> Any:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:
         data = [orjson.loads(line) for line in body.splitlines() if line.strip()]
+    if isinstance(data, dict) and data and all(isinstance(column, dict) for column in data.values()):
+        raise _Columns
     if isinstance(data, dict):
         data = data.get("instances", [data])
     if not isinstance(data, list):

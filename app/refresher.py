@@ -144,6 +144,8 @@ class Refresher:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._retiring: dict[asyncio.Task[None], tuple[ModelRef, float]] = {}  # since when, by time.monotonic()
         self._kept: dict[ModelRef, tuple[Counters, float]] = {}  # of retired versions, the same
+        self._is_place_told = False
+        self._missing_told: str | None = ""  # why models are not ready, as it was logged last: nothing yet
         self.unloading: list[ModelRef] = []
         self.last_sync: datetime | None = None
         self.last_error: str | None = None
@@ -231,8 +233,13 @@ class Refresher:
 
     async def _look(self, *, insist: bool = False) -> Outcome:
         """Look once, count it and write it down. Whatever goes wrong becomes an outcome: nothing may end the looking."""
+        if not self._is_place_told:
+            fields = {"storage": self._manager.storage.describe(), "prefix": self._manager.prefix}
+            logger.info("looking for models", extra={"fields": fields})
+            self._is_place_told = True
         with self._journal.look() as step:
             outcome = await self._look_once(insist=insist)
+            self._tell_readiness()
             step.has_failed = outcome.error is not None
             step.is_kept = bool(outcome.error or outcome.loaded or outcome.failed or outcome.retired)
         changed = outcome.loaded or outcome.retired
@@ -259,6 +266,17 @@ class Refresher:
             # for as long. `_collect` finds what is in there in vain.
             gc.freeze()
         return outcome
+
+    def _tell_readiness(self) -> None:
+        """Log whether the required models can answer, when that has changed, or the reason why they cannot."""
+        missing = self._registry.missing()
+        if missing == self._missing_told or self._registry.draining:
+            return
+        self._missing_told = missing
+        if missing is None:
+            logger.info("models are ready")
+        else:
+            logger.warning("models are not ready", extra={"fields": {"reason": missing}})
 
     def _blind(self, text: str, told: str) -> Outcome:
         if text != self.last_error:

@@ -136,8 +136,8 @@ class Registry:
             if version is None and alias == self._aliases[0] and entry.slots:
                 raise ModelNotReady(f"{name} has no version under alias {alias!r} yet")
             asked = f"version {version!r}" if version else f"alias {alias!r}"
-            names = listed([*entry.slots, *entry.serving]) or "none"
-            raise ModelNotFound(f"{name} has no {asked} loaded; loaded are: {names}")
+            where = "" if version else "; ML_ALIASES says which aliases are"
+            raise ModelNotFound(f"{name} has no {asked} loaded; loaded are {_loaded(entry)}{where}")
         if slot.runner is None:
             raise ModelNotReady(f"{slot.ref} is {slot.state}: {slot.hint or 'try again shortly'}")
         return slot.runner
@@ -169,10 +169,11 @@ class Registry:
         """
         if self.draining:
             return "the service is stopping"
-        reason = self._missing()
+        reason = self.missing()
         return self.waits_for if reason is None else reason
 
-    def _missing(self) -> str | None:
+    def missing(self) -> str | None:
+        """Return why not every required model can answer, or None when each can; whatever else keeps the service from it."""
         entries = self._snapshot.entries
         if self._found_at_start is None and not self._required:
             return "the models are being loaded" if entries else self._unread
@@ -194,6 +195,13 @@ class Registry:
             if slot.runner is None:
                 return f"{slot.ref} is {slot.state}" + (f": {slot.hint}" if slot.hint else "")
         return f"{name} has no version under alias {alias!r}"
+
+
+def _loaded(entry: Entry) -> str:
+    """Say which versions and aliases of a name there are."""
+    kinds = (("version", "versions", entry.slots), ("alias", "aliases", entry.serving))
+    told = [f"{one if len(names) == 1 else several} {listed(names)}" for one, several, names in kinds if names]
+    return " and ".join(told) or "none"
 
 
 def _plain(snapshot: Snapshot, alias: str) -> Mapping[str | None, Runner]:

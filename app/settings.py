@@ -6,9 +6,11 @@ except that the doctor asks for proxies and certificates as botocore does.
 
 from __future__ import annotations
 
+import difflib
 import enum
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, override
@@ -27,6 +29,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
+    DotEnvSettingsSource,
     EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
@@ -51,6 +54,7 @@ HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
 TRACES_PATH = "/v1/traces"  # behind the base URL of a collector
 VISIBLE_ASCII = re.compile(r"[!-~]+")
 MAX_WORKERS = 256
+OURS = ("ML_", "R2_")  # what begins so is meant for this service
 MAX_SHOWN = 60  # characters of a value that an error line shows
 KEYS_MISSING = (
     "ML_API_KEYS is missing: {why}, so set a key for each caller, as in ann:SECRET, made with "
@@ -657,6 +661,22 @@ def variables(field: str) -> list[str]:
     alias = Settings.model_fields[field].validation_alias
     assert isinstance(alias, AliasChoices)
     return [str(choice) for choice in alias.choices]
+
+
+def misspelt() -> list[str]:
+    """Return a line for each variable that looks like a setting, and is none: its name, never its value."""
+    found = {name.upper() for name in EnvSettingsSource(Settings).env_vars}
+    with suppress(OSError, UnicodeDecodeError):  # `load_settings` says what is wrong with the file
+        found |= {name.upper() for name in DotEnvSettingsSource(Settings).env_vars}
+    known = [name for field in Settings.model_fields for name in variables(field)]
+    problems = []
+    for name in sorted(found.difference(known)):
+        if name.startswith(OURS):
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+            problems.append(
+                f"{shortened(name, MAX_SHOWN)} is no setting" + (f": did you mean {near[0]}?" if near else "")
+            )
+    return problems
 
 
 class Row(NamedTuple):

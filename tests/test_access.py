@@ -291,9 +291,10 @@ def test_a_key_that_asks_too_fast_is_told_when_to_come_again(folder, arguments):
         refused = answers[-1]
 
         assert statuses == [200] * 20 + [429] * 5
+        pause = refused.headers["retry-after"]
         assert refused.json() == {
             "error": "rate_limited",
-            "detail": "this key may send 20 requests a 3600 seconds, and has: try again later",
+            "detail": f"this key may send 20 requests a 3600 seconds, and has sent them: try again in {pause} s",
         }
         assert 1 <= int(refused.headers["retry-after"]) <= 180
         assert refused.headers["ratelimit-policy"] == '"requests";q=20;w=3600'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import fcntl
 import json
@@ -56,6 +57,7 @@ def files(tmp_path_factory) -> Path:
     FRAME.assign(target=1).to_csv(folder / "rows.csv", index=False)
     FRAME.to_parquet(folder / "rows.parquet")
     (folder / "rows.json").write_text(json.dumps(FRAME.to_dict("records")))
+    FRAME.to_json(folder / "columns.json")
     (folder / "sums.json").write_text("[[1, 2, 3], [4, 5, 6]]")
     (folder / "broken.json").write_text("[[1, 2")
     (folder / "rows.xlsx").write_text("a table")
@@ -150,6 +152,46 @@ def test_wrong_usage_ends_with_code_2(run, words, complaint):
     assert complaint in done.stderr
 
 
+def test_the_command_can_be_read_by_older_pythons():
+    for minor in range(4, 12):  # it has to be read before it can say so
+        for name in ("__init__.py", "__main__.py"):
+            ast.parse((ROOT / "app" / name).read_text(), feature_version=(3, minor))
+
+
+def test_an_older_python_says_in_a_line_that_it_is_too_old():
+    def told(python: str, *words: str) -> tuple[int, str]:
+        done = subprocess.run([python, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    named = [path for minor in range(5, 12) if (path := shutil.which(f"python3.{minor}"))]
+    old = [
+        path for path in named if told(path, "-c", "pass") == (0, "")
+    ]  # a name may stand for one that is not installed
+    if not old:
+        pytest.skip("needs an older Python")
+    for python in old:
+        version = python.rpartition("python")[2]
+
+        assert told(python, "-m", "app", "list") == (2, f"Python 3.12 is needed, this is {version}\n")
+
+
+def test_a_python_without_the_requirements_says_in_a_line_what_is_missing():
+    bare = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        "import runpy, sys; sys.path[:0] = ['.']; runpy.run_module('app', {}, '__main__')",
+    ]
+    done = subprocess.run([*bare, "list"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"module \w+ is missing: python -m pip install -r requirements.txt, or use .venv/bin/python, which `make run` makes\n",
+        done.stderr,
+    )
+
+
 def test_publishing_says_what_was_published_and_what_serves(run, run_here, files):
     parts = ["--model", "model.joblib", "--scaler", "scaler.joblib"]
     size = sum((files / name).stat().st_size for name in ("model.joblib", "scaler.joblib"))
@@ -197,14 +239,24 @@ def test_publishing_without_examples_says_what_that_costs(run_here):
     [
         (["a b", "--model", "sum.joblib"], "error: model name 'a b' is not one: expected 1 to 100 letters"),
         (["sum", "--model", "sum.joblib", "--version", "../1"], "error: version '../1' is not one"),
-        (["sum", "--model", "missing.joblib"], "error: the model cannot be read: No such file or directory: missing"),
+        (
+            ["sum", "--model", "no/missing.joblib"],
+            "error: the model cannot be read: No such file or directory: no/missing.joblib",
+        ),
         (["sum", "--model", "."], "error: .*expected a file that ends in .joblib, .pkl"),
         (["sum", "--model", "model.h5"], "error: model.h5: expected a file that ends in .joblib, .pkl"),
         (["sum", "--model", "text.joblib"], "error: model.joblib: cannot be read as joblib: "),
         (["sum", "--model", "sum.joblib", "--scaler", "text.joblib"], "error: scaler.joblib: cannot be read as joblib"),
-        (["sum", "--model", "sum.joblib", "--examples", "missing.csv"], "error: the examples cannot be read: No such"),
+        (
+            ["sum", "--model", "sum.joblib", "--examples", "no/it.csv"],
+            "error: the examples cannot be read: .*: no/it.csv",
+        ),
         (["sum", "--model", "sum.joblib", "--examples", "broken.json"], "error: broken.json: cannot be read: "),
         (["sum", "--model", "sum.joblib", "--examples", "rows.xlsx"], "error: rows.xlsx: expected a file that ends in"),
+        (
+            ["sum", "--model", "sum.joblib", "--examples", "columns.json"],
+            r'error: columns.json: expected a list of rows: write it with to_json\(orient="records"\)$',
+        ),
         (["fails", "--model", "fails.pkl", "--examples", "sums.json"], "error: the model cannot answer predict for"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
@@ -252,12 +304,23 @@ def test_an_alias_is_moved_and_moved_back_in_words(three):
     assert said(three("promote", "sum", "3")) == (0, "sum: production names 3 now; before, it named 2\n")
     assert said(three("promote", "sum", "1", "--alias", "old")) == (
         0,
-        "sum: old names 1 now; before, it named nothing\n",
+        "sum: old names 1 now; before, it named nothing\nservices serve it only where ML_ALIASES has old\n",
     )
     assert said(three("rollback", "sum")) == (0, "sum: production went back from 3 to 2\n")
     assert said(three("rollback", "sum")) == (0, "sum: production went back from 2 to 1\n")
     nothing = "error: sum: production names 1, and its history has nothing before that to go back to; there is 1, 2, 3"
     assert said(three("rollback", "sum")) == (1, f"{nothing}: promote one of them\n")
+
+
+@pytest.mark.parametrize("words", [["promote", "fraud", "1"], ["rollback", "fraud"], ["unpublish", "fraud", "1"]])
+def test_a_bare_file_is_told_to_have_no_versions(run_here, tmp_path, files, words):
+    (tmp_path / "models").mkdir()
+    shutil.copy(files / "sum.joblib", tmp_path / "models" / "fraud.joblib")
+
+    bare = "error: fraud is a bare file, which has no versions: publish it first\n"
+    assert said(run_here(*words)) == (1, bare)
+    other = [words[0], "churn", *words[2:]]
+    assert said(run_here(*other)) == (1, "error: there is no published model 'churn'; there is nothing\n")
 
 
 def test_rolling_back_passes_over_what_was_unpublished(three):
@@ -377,6 +440,15 @@ def test_with_json_an_error_is_one_document_with_the_same_exit_code(three, words
     assert text.stdout == ""
     assert (document.keys(), document["error"]) == ({"error", "detail"}, error)
     assert document["detail"] in text.stderr
+
+
+def test_json_may_be_asked_for_before_the_command(three):
+    after, before = three("list", "--json"), three("--json", "list")
+
+    assert (before.returncode, before.stdout) == (0, after.stdout)
+    assert json.loads(three("--json", "promote", "sum", "2").stdout)["version"] == "2"
+    refused = three("--json", "serve")
+    assert (refused.returncode, json.loads(refused.stdout)["error"]) == (2, "wrong_usage")
 
 
 def test_with_json_missing_settings_are_told_as_an_error(run_here, monkeypatch):
@@ -627,7 +699,10 @@ def test_a_port_in_use_is_told_with_the_remedy(run):
 
     for one in done:
         assert (one.returncode, one.stdout) == (2, "")
-        assert one.stderr == f"PORT {port} is in use: stop what listens there, or choose another\n"
+        assert (
+            one.stderr
+            == f"PORT {port} is in use: stop what listens there, or choose another, for example PORT={port + 1}\n"
+        )
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
@@ -645,7 +720,8 @@ def test_what_nobody_expected_is_one_line_unless_asked_for_more(run, tmp_path):
     environment = {"PYTHONPATH": f"{broken}:{ROOT}"}
     plain, asked = run("serve", **environment), run("serve", **environment, ML_LOG_LEVEL="debug")
 
-    assert (plain.returncode, plain.stdout) == (1, "")
+    assert plain.returncode == 1
+    assert [json.loads(line)["event"] for line in plain.stdout.splitlines()] == ["listening"]
     assert plain.stderr == (
         "error: unexpected RuntimeError: cannot be imported (ML_LOG_LEVEL=debug shows where it comes from)\n"
     )

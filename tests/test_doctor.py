@@ -714,6 +714,20 @@ async def test_a_broken_version_fails_where_it_is_served_and_is_a_warning_where_
     assert "unpublish a 2" in unserved.remedy
 
 
+async def test_a_missing_module_is_told_with_the_remedy_that_helps_and_no_other(examine, local):
+    folder = Path(local["ML_LOCAL_DIR"]) / "models"
+    folder.mkdir()
+    (folder / "a.pkl").write_bytes(b"cfeatures\nClean\n.")
+    (told,) = (it for it in await examine(**local, ML_TRUSTED_TYPES="features.Clean") if it.check.startswith("model "))
+
+    assert told.state is State.FAILED
+    assert told.found.endswith("it needs the module features, which is not installed here")
+    assert told.remedy == (
+        "put features, in the version it was trained with, into ml-requirements.txt, or, if it is code of your own, "
+        "deploy it with the service"
+    )
+
+
 async def test_a_version_without_a_trusted_seal_is_told(examine, local, manager):
     private, public = seal.keygen()
     manager.save("a", linear(1), seal_key=private)
@@ -809,6 +823,17 @@ def test_settings_that_describe_nothing_are_told_with_their_remedies():
     ]
     assert doctor.summary(findings) == "2 failed: mend the first failure first, and run this again"
     assert str(findings[0]) == "FAILED  settings: R2_BUCKET is missing\n        what to do: set it to a name"
+
+
+async def test_a_misspelt_setting_is_a_warning_without_its_value(examine, environment, local):
+    warning = State.WARNING, "ML_REQUIRE_MODELS is no setting: did you mean ML_REQUIRED_MODELS?"
+    findings = [it for it in await examine(**local, ML_REQUIRE_MODELS=SECRET) if it.check == "settings"]
+    environment(ML_REFRESH_SECONDS="x")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+
+    assert [(it.state, it.found) for it in findings[1:]] == [warning]
+    assert [(it.state, it.found) for it in doctor.of_settings(caught.value)[1:]] == [warning]
 
 
 async def test_the_document_has_every_check_in_order_and_whether_all_is_well(examine, local):

@@ -37,11 +37,17 @@ def candidate():
     return program(predict=Chosen(line(SVC), tuple(SVC.classes_.tolist())), decision_function=line(SVC))
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """A load that may take its time, because other tests keep this machine busy."""
+    monkeypatch.setattr(gates, "COMPILE_SECONDS", 60.0)
+
+
 def golden(offset=0.0):
     return Golden(instances=X[:5].tolist(), outputs={"predict": (SUM.predict(X[:5]) + offset).tolist()})
 
 
-def test_a_gate_goes_from_one_process_to_another_as_json():
+def test_a_gate_goes_from_one_process_to_another_as_json(patient):
     found = gate(model(SVC, candidate=candidate()))
 
     assert Gate.model_validate(json.loads(json.dumps(found.model_dump(mode="json")))) == found
@@ -69,7 +75,7 @@ def test_each_runtime_that_may_serve_computes_the_golden_rows():
         gate(wrong)
 
 
-def test_a_candidate_that_is_right_serves_beside_its_estimator():
+def test_a_candidate_that_is_right_serves_beside_its_estimator(patient):
     it = model(SVC, candidate=candidate())
     found = gate(it)
     serving = settle(it, found)
@@ -84,7 +90,7 @@ def test_a_candidate_that_is_right_serves_beside_its_estimator():
     assert serving.predict_by("compiled", rows, "predict").tolist() == SVC.predict(X).tolist()
 
 
-def test_a_candidate_that_is_wrong_does_not():
+def test_a_candidate_that_is_wrong_does_not(patient):
     chosen = Chosen(line(SVC), tuple(SVC.classes_.tolist()))
     base = sampling.instances(model(SVC).signature, 60, seed=0)
     it = model(SVC, candidate=program(predict=Mistaken(chosen, base[3][0], "?")))
@@ -172,7 +178,7 @@ def test_every_kind_of_model_passes_its_gate(name):
     assert found.costs is None or 1 in found.costs
 
 
-def test_a_settled_model_is_made_without_a_prediction():
+def test_a_settled_model_is_made_without_a_prediction(patient):
     found = Gate.model_validate(gate(model(SVC, candidate=candidate())).model_dump(mode="json"))
 
     class Untouched(LinearSVC):

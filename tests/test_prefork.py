@@ -209,6 +209,24 @@ def test_a_service_without_models_is_alive_and_says_why_it_is_not_ready(environm
         assert service.stop() == 0
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_the_start_says_where_it_listens_and_looks_and_when_models_are_ready(manager, environment, workers):
+    async with manager.storage:
+        await manager.publish("a", draft(linear(1)))
+    with running(environment | {"ML_WORKERS": str(workers), "ML_REQUIRE_MODELS": "a"}) as service:
+        service.wait_ready()
+        lines = [json.loads(line) for line in service.log().splitlines()]
+    told = ("unknown setting", "listening", "looking for models", "models are ready", "models are not ready")
+    ours = {"time", "level", "logger"}
+
+    assert [{key: line[key] for key in line.keys() - ours} for line in lines if line["event"] in told] == [
+        {"event": "unknown setting", "problem": "ML_REQUIRE_MODELS is no setting: did you mean ML_REQUIRED_MODELS?"},
+        {"event": "listening", "host": "127.0.0.1", "port": service.port, "workers": workers},
+        {"event": "looking for models", "storage": manager.storage.describe(), "prefix": "models/"},
+        {"event": "models are ready"},
+    ]
+
+
 def test_what_needs_one_worker_refuses_several(environment):
     for variables, words, detail in (
         ({"ML_SWAP_POLICY": "replace"}, (), "ML_SWAP_POLICY=replace needs one worker"),

@@ -405,7 +405,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, name):
     with pytest.raises(PublishError) as caught:
         part_from_file("model", tmp_path / name)
 
-    assert str(tmp_path) not in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -419,8 +419,7 @@ def test_examples_that_cannot_be_read_are_refused(tmp_path, name, body):
     with pytest.raises(UnusableExamples) as caught:
         read_examples(tmp_path / name)
 
-    assert name in str(caught.value)
-    assert str(tmp_path) not in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
 
 
 @pytest.mark.parametrize("body", [b"", b"\x00" * 50, b"random" * 9])

@@ -95,6 +95,37 @@ async def test_a_required_model_that_is_not_there_is_waited_for(manager):
         assert served.registry.not_ready() is None
 
 
+async def test_the_log_says_where_models_are_looked_for_and_why_they_are_not_ready_when_that_changes(
+    manager, storage, caplog
+):
+    caplog.set_level("INFO", "diskless.refresher")
+
+    def told():
+        found = [(record.getMessage(), getattr(record, "fields", {})) for record in caplog.records]
+        caplog.clear()
+        return [line for line in found if line[0] in ("looking for models", "models are not ready", "models are ready")]
+
+    async with serving(manager, required=("b",)) as served:
+        await served.refresher.look_now()
+        assert told() == [
+            ("looking for models", {"storage": storage.describe(), "prefix": "models/"}),
+            ("models are not ready", {"reason": "b is required, but not in the bucket"}),
+        ]
+        await served.refresher.look_now()
+        assert told() == []
+        await storage.put("models/b.joblib", b"no model")
+        await served.refresher.look_now()
+        ((event, fields),) = told()
+        assert (event, fields["reason"].startswith("b/")) == ("models are not ready", True)
+        await manager.publish("b", draft(linear(2)))
+        await served.refresher.look_now()
+        assert told() == [("models are ready", {})]
+        await manager.unpublish("b", "1", drop_aliases=True)
+        served.registry.draining = True
+        await served.refresher.look_now()
+        assert told() == []
+
+
 # What a look costs
 
 
@@ -159,7 +190,7 @@ async def test_a_promoted_version_replaces_the_old_one_and_its_runner_goes(manag
 
         assert (outcome.loaded, outcome.retired) == (("a/3",), ("a/1",))
         assert await served.ask(ONE, "a") == pytest.approx([6])
-        with pytest.raises(ModelNotFound, match="loaded are: 3"):
+        with pytest.raises(ModelNotFound, match="loaded are version 3"):
             served.registry.get("a", version="1")
         rows = old.model.signature.validate(ONE)  # a request that took its runner just before the swap
         assert (await old.predict(rows, "predict")).tolist() == pytest.approx([4])

@@ -53,10 +53,15 @@ def test_an_unknown_model_version_or_alias_is_answered_with_what_there_is():
 
     with pytest.raises(ModelNotFound, match="'b' is not served; served are: a"):
         registry.get("b")
-    with pytest.raises(ModelNotFound, match="a has no version '8' loaded; loaded are: 7, production"):
+    with pytest.raises(ModelNotFound, match="a has no version '8' loaded; loaded are version 7 and alias production$"):
         registry.get("a", version="8")
     with pytest.raises(ModelNotFound, match="a has no alias 'staging' loaded"):
         registry.get("a", alias="staging")
+    two = Entry({label: ready("a", label) for label in ("7", "8")}, {"production": "7", "staging": "8"})
+    with pytest.raises(
+        ModelNotFound, match="loaded are versions 7, 8 and aliases production, staging; ML_ALIASES says"
+    ):
+        holding(Snapshot({"a": two})).get("a", alias="canary")
     assert registry.get("a", version="7") is registry.get("a", alias="production") is registry.get("a")
 
 

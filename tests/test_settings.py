@@ -12,7 +12,7 @@ from app import seal
 from app.errors import SettingsError
 from app.keys import Key
 from app.rates import Rate
-from app.settings import Mode, Settings, load_settings, markdown, table, variables
+from app.settings import Mode, Settings, load_settings, markdown, misspelt, table, variables
 from tests.service import clean_environment
 
 PUBLIC_KEY = str(seal.public_key_of(seal.PrivateKey(bytes(range(32)))))
@@ -539,3 +539,33 @@ def test_the_command_line_names_what_is_missing(tmp_path):
     assert run.returncode == 2
     assert len(run.stderr.splitlines()) == 4
     assert all(" is missing: " in line for line in run.stderr.splitlines())
+
+
+def test_variables_that_look_like_settings_and_are_none_are_told_without_their_values(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("R2_ACESS_KEY_ID=very-secret\nOTHER=very-secret\nML_PREFIX=a/\n")
+    monkeypatch.setenv("ML_API_KEY", "very-secret")
+    monkeypatch.setenv("ML_FLOW_OF_SOMEBODY_ELSE", "very-secret")
+
+    assert misspelt() == [
+        "ML_API_KEY is no setting: did you mean ML_API_KEYS?",
+        "ML_FLOW_OF_SOMEBODY_ELSE is no setting",
+        "R2_ACESS_KEY_ID is no setting: did you mean R2_ACCESS_KEY_ID?",
+    ]
+
+
+@pytest.mark.parametrize("field", Settings.model_fields)
+def test_no_setting_is_taken_for_a_misspelt_one(monkeypatch, tmp_path, field):
+    monkeypatch.chdir(tmp_path)
+    for name in variables(field):
+        monkeypatch.setenv(name, "")
+
+    assert misspelt() == []
+
+
+def test_a_file_of_settings_that_cannot_be_read_hides_no_misspelt_variable(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes(b"ML_PREFIX=\xff")
+    monkeypatch.setenv("ML_API_KEY", "very-secret")
+
+    assert misspelt() == ["ML_API_KEY is no setting: did you mean ML_API_KEYS?"]

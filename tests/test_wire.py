@@ -288,11 +288,14 @@ def test_path_and_body_must_name_the_same_model(send):
     [
         ({**SUM, "model": "nobody"}, "model 'nobody' is not served; served are: "),
         ({"instances": [[1, 2, 3]]}, "several models are served, so the request must name one: "),
-        ({**SUM, "version": "3"}, "sum has no version '3' loaded; loaded are: 1"),
-        ({**SUM, "version": 3}, "sum has no version '3' loaded; loaded are: 1"),
+        ({**SUM, "version": "3"}, "sum has no version '3' loaded; loaded are version 1 and alias production"),
+        ({**SUM, "version": 3}, "sum has no version '3' loaded; loaded are version 1 and alias production"),
         ({**SUM, "version": 10**30}, "sum has no version"),
-        ({**SUM, "version": "2"}, "sum has no version '2' loaded; loaded are: 1"),
-        ({**SUM, "alias": "staging"}, "sum has no alias 'staging' loaded; loaded are: 1, production"),
+        ({**SUM, "version": "2"}, "sum has no version '2' loaded; loaded are version 1 and alias production"),
+        (
+            {**SUM, "alias": "staging"},
+            "sum has no alias 'staging' loaded; loaded are version 1 and alias production; ML_ALIASES says which aliases are",
+        ),
         ({**SUM, "model": "../index"}, "model '../index' is not served"),
         ({**SUM, "model": "a\r\nx-evil: 1"}, r"model 'a\r\nx-evil: 1' is not served"),
         ({**SUM, "model": "\x00\u202e\U0001f600"}, "model "),
@@ -569,7 +572,8 @@ def test_get_and_head_are_answered(service, path):
 def test_another_method_is_refused_with_those_that_are_allowed(service, method, path, allowed):
     response = service.client.request(method, path)
 
-    assert refused(response, 405, "method_not_allowed").detail.startswith(f"{method} {path}: ")
+    detail = refused(response, 405, "method_not_allowed").detail
+    assert detail == f"{method} {path}: Method Not Allowed: use {allowed.replace(', ', ' or ')}"
     assert response.headers["allow"] == allowed
 
 

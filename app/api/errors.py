@@ -121,12 +121,14 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _BY_STATUS.get(error.status_code, "request_failed")
     _note(request, code)
-    body = _dumps({"error": code, "detail": f"{request.method} {shown(request.url.path)}: {error.detail}"})
+    detail = f"{request.method} {shown(request.url.path)}: {error.detail}"
     headers = dict(error.headers or {})
     if "Allow" in headers:
         allowed = {method.strip() for method in headers["Allow"].split(",")}
-        headers["Allow"] = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set())))
-    return json_response(error.status_code, body, headers)
+        named = sorted(allowed | ({"HEAD"} if "GET" in allowed else set()))
+        headers["Allow"] = ", ".join(named)
+        detail += f": use {' or '.join(named)}"
+    return json_response(error.status_code, _dumps({"error": code, "detail": detail}), headers)
 
 
 def _note(request: Request, code: str) -> None:

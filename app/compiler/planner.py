@@ -36,6 +36,7 @@ SMALL_MACHINE_BYTES = 512 * MB
 PROCESS_BYTES = 100 * MB  # what a service takes before it has loaded anything
 SKLEARN_BYTES = 150 * MB  # what scikit-learn takes, which a model that is compiled altogether does without
 MUCH_FASTER = 4.0  # what makes up for more than twice the memory
+BUSY = ": if this machine is busy, publish it again when it is not"  # what to do where the time was not enough
 WEIGHTS = {1: 0.5, 64: 0.3, 1000: 0.2}  # most requests bring one row
 
 
@@ -84,21 +85,21 @@ def is_heavy(form: Taken | None, reference: Taken | None) -> bool:
 
 
 def plan(
-    model: Model, known: Sequence[Any] = (), *, taken: Taken | None = None, seconds: float = proof.SECONDS
+    model: Model, known: Sequence[Any] = (), *, taken: Taken | None = None, limit: float = proof.LIMIT_SECONDS
 ) -> Plan:
     """Compile a model, prove it on `known` instances and around them, and measure it. `taken` is what loading the model takes.
 
-    Whatever goes wrong is the reason of a plan without a program: a version must not fail for want of a compiled form.
+    Each proof that is tried may compute for `limit` seconds.     Whatever goes wrong is the reason of a plan without a program: a version must not fail for want of a compiled form.
     """
     try:
-        return _plan(model, known, taken, seconds)
+        return _plan(model, known, taken, limit)
     except NotCompilable as error:
         return Plan(reason=str(error))
     except Exception as error:
         return Plan(reason=f"compiling it failed: {loaders.reason(error)}")
 
 
-def _plan(model: Model, known: Sequence[Any], taken: Taken | None, seconds_to_prove: float) -> Plan:
+def _plan(model: Model, known: Sequence[Any], taken: Taken | None, limit: float) -> Plan:
     assert model.reference is not None
     signature = model.signature
     program = compile.translate(model.reference.companions, model.reference.estimator, signature)
@@ -115,7 +116,7 @@ def _plan(model: Model, known: Sequence[Any], taken: Taken | None, seconds_to_pr
     chosen: tuple[int, _Stored] | None = None
     heavy: tuple[int, _Stored] | None = None
     for index in sorted(costs, key=costs.__getitem__):  # the fastest first
-        found = _stored(model, forms[index], known, instances, taken, seconds_to_prove)
+        found = _stored(model, forms[index], known, instances, taken, limit)
         if isinstance(found, str):
             why, tried = found, tried + 1
             if tried == MAX_PROOFS:  # what two forms of it get wrong, the others do too
@@ -150,12 +151,12 @@ class _Stored:
 
 
 def _stored(
-    model: Model, form: Program, known: Sequence[Any], instances: Sequence[Any], taken: Taken | None, seconds: float
+    model: Model, form: Program, known: Sequence[Any], instances: Sequence[Any], taken: Taken | None, limit: float
 ) -> _Stored | str:
     """Write a form and prove what is read back, or return why that cannot be done."""
     body = form.write()
     read = Program.read(io.BytesIO(body), len(body))
-    proved = proof.prove(model, read, known, seconds=seconds)
+    proved = proof.prove(model, read, known, limit=limit, remedy=BUSY)
     method = model.signature.default_method
     if method not in proved.methods:
         return proved.failed.get(method, f"its {method} has no compiled form")

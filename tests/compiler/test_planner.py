@@ -85,6 +85,16 @@ def test_a_method_that_differs_is_left_out_and_the_plan_says_why(translated):
     assert "not all: its decision_function differs" in made.summary
 
 
+def test_a_plan_for_which_the_time_was_not_enough_says_what_to_do(translated):
+    translated(SUM, lambda estimator, flow: {"predict": line(estimator)})
+    made = planner.plan(model(SUM), KNOWN, limit=1e-4)
+
+    assert made.summary == (
+        "not compiled: its predict could not be compared to scikit-learn's within 0.0001 s: "
+        "if this machine is busy, publish it again when it is not"
+    )
+
+
 def test_what_has_no_translation_says_so():
     class Own(LinearRegression):
         """A subclass may compute something else."""
