@@ -41,7 +41,7 @@ INLINE_TEXT_BYTES = 16 * 1024  # of requests whose values may be of any length, 
 TIMED_EVERY = 8  # of the batches in the event loop, so many are timed
 LATENCY_SECONDS = 0.05  # that one batch may take because of its length; a single request may take what it takes
 SERIALISED_ROWS = 32  # from here on, writing an array is faster than making a list of it first
-FAILURES_PER_SECOND = 10  # lines about failed predictions, with all that Python says of them
+FAILURES_PER_SECOND = 50  # lines about failed predictions, with all that Python says of them
 LEARNING = 0.125  # how much of a new measurement enters what is expected
 
 
