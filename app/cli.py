@@ -553,9 +553,8 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", parents=parents)
 
     common = _Parser(add_help=False)
-    common.add_argument(
-        "--json", action="store_true", default=argparse.SUPPRESS, help=json_help
-    )  # or it is before COMMAND
+    # Suppressed, or its default would undo one before the command.
+    common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=json_help)
     named = _Parser(add_help=False)
     named.add_argument("name", metavar="NAME", help="the model's name")
     one = _Parser(add_help=False, parents=[named])

@@ -74,10 +74,7 @@ _REMEDIES = {
     "StorageUnavailable": "try again, and if it stays so, ask whoever runs the server",
 }
 _WITH_REMEDY = {"VersionMismatch", "NoRoom", "SealMissing", "ForeignSeal", "SealBroken", "UntrustedType"}
-_EXPLAINED = {
-    "LoadFailed",
-    "CompanionFailed",
-}  # where the versions of libraries, or modules that are missing, explain it
+_EXPLAINED = {"LoadFailed", "CompanionFailed"}  # maybe by the versions of libraries, or by modules that are missing
 _TO_BE_DONE = re.compile(r"[:;] (?=(?:put|define|deploy|train) )")  # that explanation ends with what is to be done, too
 _OTHERWISE = "mend what it says, and publish the model again"
 

@@ -89,7 +89,8 @@ def plan(
 ) -> Plan:
     """Compile a model, prove it on `known` instances and around them, and measure it. `taken` is what loading the model takes.
 
-    Each proof that is tried may compute for `limit` seconds.     Whatever goes wrong is the reason of a plan without a program: a version must not fail for want of a compiled form.
+    Each proof that is tried may compute for `limit` seconds. Whatever goes wrong is the reason of a plan without a program: a
+    version must not fail for want of a compiled form.
     """
     try:
         return _plan(model, known, taken, limit)
