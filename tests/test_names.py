@@ -109,7 +109,7 @@ def test_a_body_cannot_name_what_is_no_name(pair, field, name):
 @pytest.mark.parametrize("name", NO_NAMES, ids=lambda text: ascii(text)[:40])
 def test_a_path_cannot_name_what_is_no_name(pair, name):
     body = b'{"instances":[[1,2,3]]}'
-    once = quote(name.encode("utf-8", "surrogatepass"), safe="")
+    once = quote(name[:50_000].encode("utf-8", "surrogatepass"), safe="")  # a longer head is refused as such
     for target in (once, quote(once, safe=""), once.replace(".", "%2E"), once.replace(".", "%252e")):
         status, answer = ask(pair, f"/models/{target}/predict", body)
 

@@ -26,7 +26,7 @@ def test_no_two_processes_that_are_there_together_count_in_the_same_cells():
 
     assert len({*seats, tally.looking_seat}) == GENERATIONS * WORKERS + 1
     for seat in (*seats, tally.looking_seat):
-        ServiceCounters(tally.service_cells(seat)).refused("not_found")
+        ServiceCounters(tally.service_cells(seat)).responded(Route.OTHER, 404, "not_found")
     for seat in seats:
         tally.counters(1, seat).failed("overloaded")
     assert tally.service_total().refusals["not_found",] == len(seats) + 1
