@@ -43,8 +43,6 @@ LATENCY_SECONDS = 0.05  # that one batch may take because of its length; a singl
 SERIALISED_ROWS = 32  # from here on, writing an array is faster than making a list of it first
 FAILURES_PER_SECOND = 50  # lines about failed predictions, with all that Python says of them
 LEARNING = 0.125  # how much of a new measurement enters what is expected
-
-
 _failures = log.Trickle(FAILURES_PER_SECOND)
 
 
@@ -163,8 +161,7 @@ class Promise(Job):
         self._watching = asyncio.get_running_loop().create_task(self._until_gone(receive))
 
     async def _until_gone(self, receive: Callable[[], Awaitable[Any]]) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(receive)
         self.abandon()
         if not self.future.done():
             self.future.set_exception(CallerGone())
@@ -174,6 +171,12 @@ class Promise(Job):
         self.abandon()
         if self._watching is not None:
             self._watching.cancel()
+
+
+async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Wait until ASGI's `receive` says that the caller has gone; its body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class CallerGone(Exception):

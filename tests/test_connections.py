@@ -22,10 +22,19 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LinearRegression
 from sklearn.pipeline import make_pipeline
 
+from app import inspection
+from app.api.predict import Predictor
+from app.auth import Access
 from app.connections import HEALTH_PLACES
 from app.limits import FILES_BESIDE, Claim, PendingBytes
+from app.model import Model
 from app.model_storage import ModelStorageManager
+from app.names import ModelRef
+from app.observer import Observer, Record
 from app.protocol import MAX_HEAD_BYTES, MAX_HEADERS
+from app.registry import Entry, Registry, Slot, Snapshot, State
+from app.runner import Runner
+from app.service_counters import Route
 from app.storage.local import LocalStorage
 from tests import toys
 from tests.service import AS_ASGI, COMMAND, Service, connected, running
@@ -781,3 +790,29 @@ async def test_without_a_file_left_it_waits_until_there_is_one(environment):
 def seconds_computed(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("padding", [0, 5000, 100_000])
+@pytest.mark.parametrize("content", [SUM, SUM[:-1], SUM.replace(b"3.5", b'"x"')], ids=["right", "no JSON", "invalid"])
+async def test_nothing_is_held_for_a_compressed_body_that_was_answered(content, padding):
+    registry = Registry()
+    estimator = LinearRegression().fit(POINTS, POINTS.sum(axis=1))
+    model = Model(ModelRef("sum", "1"), inspection.infer((), estimator), estimator)
+    runner = Runner(model, costs={1: 1e-6})
+    entry = Entry({"1": Slot(model.ref, State.READY, runner=runner)}, {"production": "1"}, {"production": "1"})
+    registry.swap(Snapshot({"sum": entry}))
+    predictor = Predictor(registry, Access(), Observer(), max_body_bytes=MB, max_rows=10, max_pending_bytes=MB)
+    body = gzip.compress(content + b" " * padding)
+    arriving = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if arriving:
+            return arriving.pop()
+        return await asyncio.Future()
+
+    scope = {"headers": [(b"content-encoding", b"gzip")], "http_version": "1.1"}
+    answer = await predictor.handle(scope, receive, None, Record(Route.PREDICT, "it"))
+    await runner.retire()
+
+    assert answer.status in (200, 400, 422)
+    assert predictor.pending.held == 0

@@ -37,7 +37,7 @@ from app.intake import Draft, has_more_parts, open_envelope
 from app.limits import COUNTED_BYTES, WEIGHED_BYTES, Claim, PendingBytes
 from app.observer import RECORD, Observer, Record
 from app.registry import Registry
-from app.runner import CallerGone, Promise, Runner, Target
+from app.runner import CallerGone, Runner, Target, until_gone
 from app.service_counters import Route
 from app.signature import Rows
 
@@ -187,7 +187,6 @@ class Predictor:
         """
         unread = True
         claim = Claim(self.pending)
-        promise: Promise | None = None
         try:
             if REFUSAL in scope:
                 raise scope[REFUSAL]
@@ -214,15 +213,12 @@ class Predictor:
             given = {form: rows, "size": size, "timeout": timeout, "record": record}
             if size > WEIGHED_BYTES:
                 self.hold_rows(claim, runner, count, size)
-                given["claim"] = claim  # it goes with the rows
+                given["claim"] = claim
             promise = runner.promise(target, record.request_id, count, **given)
-            del (
-                message,
-                body,
-                asked,
-                rows,
-                given,
-            )  # nothing but the rows is held while they wait, and those by the job alone
+            if size > WEIGHED_BYTES:
+                claim = Claim(self.pending)  # the other goes with the rows
+            # Nothing but the rows is held while they wait, and those by the job alone.
+            del message, body, asked, rows, given
             if promise.takes_time:
                 promise.watch(receive)
             try:
@@ -241,8 +237,7 @@ class Predictor:
                 logger.exception("a prediction request failed")
                 return Answer(*errors.internal())
         finally:
-            if promise is None:
-                claim.release()
+            claim.release()
 
     def _read_headers(self, headers: Any) -> tuple[float | None, bool]:
         """Return how many seconds the caller waits, if it says so, and whether the body is compressed.
@@ -291,7 +286,7 @@ class Predictor:
             raise Overloaded(self.pending.refusal(len(body)))
         seconds = self._timeout_seconds if timeout is None else min(timeout, self._timeout_seconds)
         work = asyncio.ensure_future(self._decompressor.run(body))
-        gone = asyncio.ensure_future(_until_gone(receive))
+        gone = asyncio.ensure_future(until_gone(receive))
         try:
             await asyncio.wait((work, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
@@ -314,11 +309,6 @@ class Predictor:
 
     def _too_large(self, got: str) -> RequestTooLarge:
         return RequestTooLarge(f"expected a body of at most {self.max_body_bytes} bytes, got {got}")
-
-
-async def _until_gone(receive: Any) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def read_length(value: bytes) -> int | None:
@@ -532,9 +522,8 @@ async def _send(answer: Answer, scope: Scope, identity: str, receive: Any, send:
         headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     sent = 0
-    while (
-        len(body) - sent > COUNTED_BYTES
-    ):  # piece by piece, as the caller takes them: a server waits for that before each
+    # Piece by piece, as the caller takes them: a server waits for that before each.
+    while len(body) - sent > COUNTED_BYTES:
         await send({"type": "http.response.body", "body": body[sent : sent + COUNTED_BYTES], "more_body": True})
         sent += COUNTED_BYTES
     await send({"type": "http.response.body", "body": body[sent:] if sent else body, "more_body": answer.unread})
