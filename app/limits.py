@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import sys
 from typing import NamedTuple
 
 COUNTED_BYTES = 64 * 1024  # smaller bodies are bounded by the number of connections
@@ -78,9 +79,9 @@ class Claim:
 def allow_files(connections: int) -> None:
     """Raise this process's limit on open files so far that so many connections fit, or as far as it may be."""
     needed = connections + FILES_BESIDE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
+    if files_allowed() >= needed:
         return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     with contextlib.suppress(OSError, ValueError):  # a system may have a limit of its own above which it says no
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -88,7 +89,10 @@ def allow_files(connections: int) -> None:
 
 def connections_within_files(connections: int) -> int:
     """Return how many connections this process may have open: so many, or fewer where its limit on open files is low."""
+    return min(connections, max(FEWEST_CONNECTIONS, files_allowed() - FILES_BESIDE))
+
+
+def files_allowed() -> int:
+    """Return how many files this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return connections
-    return min(connections, max(FEWEST_CONNECTIONS, soft - FILES_BESIDE))
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft

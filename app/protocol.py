@@ -36,7 +36,7 @@ from app.api.headers import SAFE_JSON, lines_of
 from app.api.routes import HEALTH
 from app.connections import SWEEP_SECONDS, UNREAD_BYTES, Connections, Stage, State, Watch
 from app.errors import HeadersTooLarge, InvalidRequest, RequestError
-from app.limits import Limits
+from app.limits import Limits, files_allowed
 
 if TYPE_CHECKING:
     from app.registry import Registry
@@ -481,7 +481,8 @@ class DrainingServer(uvicorn.Server):
         async with self._accepting:
             for sock, duplicate in self._listening:
                 if duplicate.fileno() >= 0 and not self.should_exit:
-                    await self._take(_accept_all(sock, ACCEPTED_AT_ONCE))
+                    # Of each that is too many one goes, but a little later: until then both have their files.
+                    await self._take(_accept_all(sock, ACCEPTED_AT_ONCE, spare_files=2 * SPARE_FILES))
 
     async def _take(self, accepted: Sequence[socket.socket]) -> None:
         """Begin with connections. One that cannot be begun with is closed."""
@@ -552,15 +553,18 @@ def _can_open(count: int) -> bool:
     return True
 
 
-def _accept_all(sock: socket.socket, most: int = sys.maxsize) -> list[socket.socket]:
-    """Take what the kernel has accepted and the event loop has not seen."""
+def _accept_all(sock: socket.socket, most: int = sys.maxsize, spare_files: int = 0) -> list[socket.socket]:
+    """Take what the kernel has accepted and the event loop has not seen; leave so many files to open."""
     sock.setblocking(False)
     connections: list[socket.socket] = []
+    last = files_allowed() - spare_files - 1
     with contextlib.suppress(OSError):  # BlockingIOError at the end; a connection may also have gone meanwhile
         while len(connections) < most:
             connection, _ = sock.accept()
             connection.setblocking(False)
             connections.append(connection)
+            if connection.fileno() >= last:  # the kernel gives the lowest number that is free
+                break
     return connections
 
 

@@ -25,7 +25,7 @@ from sklearn.pipeline import make_pipeline
 from app import inspection
 from app.api.predict import Predictor
 from app.auth import Access
-from app.connections import HEALTH_PLACES
+from app.connections import HEALTH_PLACES, SWEEP_SECONDS
 from app.limits import FILES_BESIDE, Claim, PendingBytes
 from app.model import Model
 from app.model_storage import ModelStorageManager
@@ -761,6 +761,13 @@ async def test_where_they_may_not_be_there_are_fewer_connections(environment):
         with crowd(service, 400):
             await serves(service)
             assert sockets(service) <= 256 - FILES_BESIDE + 16
+            service.process.send_signal(signal.SIGSTOP)
+            with crowd(service, 400), crowd(service, 1, LIVE) as (stranger,):
+                await asyncio.sleep(2 * SWEEP_SECONDS)  # all of them wait when it looks after its connections
+                service.process.send_signal(signal.SIGCONT)
+                answers: list[bytes | None] = []
+                await until(lambda: answers.append(received(stranger)) or answers[-1] is not None, "told anything")
+                assert answers[-1].startswith(b"HTTP/1.1 200 "), answers[-1]
         await serves(service)
 
 
