@@ -35,16 +35,20 @@ ROW = [1.0, 2.0, 3.0]
 
 @cache
 def large(answer: int) -> Draft:
-    """A model of 96 MB, of which it uses little, that answers `answer`. What it takes is known, and need not be measured.
+    return made(answer, LARGE_BYTES)
 
-    It is not compiled: room is needed for what is read, and a compiled form would leave those 96 MB where they are.
+
+def made(answer: int, size: int) -> Draft:
+    """A model of so many bytes, of which it uses little, that answers `answer`. What it takes is known, and need not be measured.
+
+    It is not compiled: room is needed for what is read, and a compiled form would leave those bytes where they are.
     """
     model = LinearRegression()
     model.coef_, model.intercept_, model.n_features_in_ = np.zeros(3), float(answer), 3
-    model.singular_ = np.zeros(LARGE_BYTES // 8)
+    model.singular_ = np.zeros(size // 8)
     small = draft(linear(answer))
     part = replace(small.parts[0], body=dumped(model))
-    return replace(small, parts=(part,), taken=Taken(LARGE_BYTES, LARGE_BYTES))
+    return replace(small, parts=(part,), taken=Taken(size, size))
 
 
 def compiled(answer: int) -> Draft:
@@ -328,13 +332,14 @@ async def test_a_version_that_serves_another_alias_is_never_dropped(storage):
 
 
 async def test_what_takes_more_than_its_publisher_said_is_stopped_and_then_takes_the_place(manager, storage):
-    await manager.publish("a", large(1))
-    limit = in_use() + LARGE_BYTES + 80 * MB
+    size = 160 * MB  # so large that it does not matter by how many MB the rest of this process changes meanwhile
+    await manager.publish("a", made(1, size))
+    packed = io.BytesIO()
+    joblib.dump(joblib.load(io.BytesIO(made(2, size).parts[0].body)), packed, compress=("zlib", 1))
+    part = replace(large(2).parts[0], body=packed.getvalue())
+    limit = in_use() + size + 104 * MB
     async with serving(manager, memory_limit_bytes=limit, swap_policy="replace") as served:
         await served.refresher.look_now()
-        packed = io.BytesIO()
-        joblib.dump(joblib.load(io.BytesIO(large(2).parts[0].body)), packed, compress=("zlib", 1))
-        part = replace(large(2).parts[0], body=packed.getvalue())
         await manager.publish("a", replace(large(2), parts=(part,), taken=Taken(MB, MB)), promote=True)
         first = await served.refresher.look_now()
 
