@@ -35,10 +35,10 @@ ROW = [1.0, 2.0, 3.0]
 
 @cache
 def large(answer: int) -> Draft:
-    return made(answer, LARGE_BYTES)
+    return of_size(answer, LARGE_BYTES)
 
 
-def made(answer: int, size: int) -> Draft:
+def of_size(answer: int, size: int) -> Draft:
     """A model of so many bytes, of which it uses little, that answers `answer`. What it takes is known, and need not be measured.
 
     It is not compiled: room is needed for what is read, and a compiled form would leave those bytes where they are.
@@ -333,9 +333,9 @@ async def test_a_version_that_serves_another_alias_is_never_dropped(storage):
 
 async def test_what_takes_more_than_its_publisher_said_is_stopped_and_then_takes_the_place(manager, storage):
     size = 160 * MB  # so large that it does not matter by how many MB the rest of this process changes meanwhile
-    await manager.publish("a", made(1, size))
+    await manager.publish("a", of_size(1, size))
     packed = io.BytesIO()
-    joblib.dump(joblib.load(io.BytesIO(made(2, size).parts[0].body)), packed, compress=("zlib", 1))
+    joblib.dump(joblib.load(io.BytesIO(of_size(2, size).parts[0].body)), packed, compress=("zlib", 1))
     part = replace(large(2).parts[0], body=packed.getvalue())
     limit = in_use() + size + 104 * MB
     async with serving(manager, memory_limit_bytes=limit, swap_policy="replace") as served:

@@ -282,6 +282,7 @@ CHEAP = {1: 1e-6, 64: 2e-6, 1000: 1e-5}
 
 
 async def test_what_is_cheap_is_computed_in_the_event_loop_without_a_thread():
+    await no_thread("predict sum")  # of the test before
     runner = made(linear(1), costs=CHEAP)
     answers = await asyncio.gather(*(ask(runner, [[value, 0, 0]]) for value in range(50)))
 
@@ -390,6 +391,7 @@ async def once(runner, **job):
 
 
 async def test_a_long_text_is_not_computed_in_the_event_loop_however_cheap_rows_are():
+    await no_thread("predict sum")
     texts = ["good film", "bad film"]
     estimator = make_pipeline(CountVectorizer(), LogisticRegression()).fit(texts, [1, 0])
     runner = made(estimator, costs=CHEAP)
@@ -404,6 +406,7 @@ async def test_a_long_text_is_not_computed_in_the_event_loop_however_cheap_rows_
 
 
 async def test_many_bytes_of_numbers_are_told_by_their_rows():
+    await no_thread("predict sum")
     runner = made(linear(1), costs=CHEAP)
     await once(runner, rows=rows_of(runner, [[1, 2, 3]]), size=10 * INLINE_TEXT_BYTES)
 
