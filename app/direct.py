@@ -452,6 +452,7 @@ class DirectProtocol(DrainingProtocol):
         except (Overloaded, RateLimited) as error:
             exchange.fail(error)
             exchange.drop_rows()
+            self._release()  # of a body whose rows have not taken it over
         return True
 
     def _hold(self, size: int) -> None:

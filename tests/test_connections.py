@@ -497,10 +497,14 @@ async def held(service: Service, count: int) -> AsyncIterator[list[tuple[asyncio
 
 
 def in_kernel(service: Service) -> int:
-    """Bytes on their way to and from the service that the kernel has."""
+    """Bytes on their way to and from the service that the kernel has, but for answers that it keeps for a client."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    queues = [line[4].split(":") for line in lines if f"0100007F:{service.port:04X}" in line[1:3] and line[3] == "01"]
-    return sum(int(size, 16) for queue in queues for size in queue)
+    address, count = f"0100007F:{service.port:04X}", 0
+    for _, local, remote, state, queues, *_ in lines:
+        sent, received = (int(size, 16) for size in queues.split(":"))
+        if state == "01" and address in (local, remote):
+            count += sent + (received if local == address else 0)
+    return count
 
 
 async def large(service: Service) -> int:
@@ -564,6 +568,23 @@ async def test_what_was_held_is_free_however_a_request_ends(narrow, end):
         for reader, writer in connections:
             writer.write(b" ")
             assert told(await reader.read())[0] == 200
+
+
+async def test_what_a_caller_sends_that_is_over_its_rate_is_not_held(environment):
+    ann, bob = b"X-API-Key: " + b"a" * 32, b"X-API-Key: " + b"b" * 32
+    keys = f"ann:{'a' * 32},bob:{'b' * 32}"
+    settings = {"ML_API_KEYS": keys, "ML_RATE_LIMIT": "1/m", "ML_MAX_PENDING_BYTES": str(16 * MB)}
+    with running(environment | settings) as service:
+        service.wait_ready()
+        async with connected("127.0.0.1", service.port) as (reader, writer):
+            for sent, status in ((SUM, 200), *[(PADDED, 429)] * 3):
+                writer.write(post(sent, ann))
+                await writer.drain()
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_SECONDS)
+                body = await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))
+                assert (int(head.split()[1]), b"rate_limited" in body) == (status, status == 429)
+
+            assert told(await talk(service, [post(PADDED, bob, b"Connection: close")]))[0] == 200
 
 
 LARGE = {
