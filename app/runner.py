@@ -29,7 +29,7 @@ from app.limits import WEIGHED_BYTES, Claim
 from app.model import Model, Prediction, part_of, wire
 from app.observer import Record
 from app.signature import Rows
-from app.worker import Worker
+from app.worker import NoThread, Worker
 
 logger = logging.getLogger("diskless.runner")
 # A batch that takes longer would hold up the other connections of the event loop. One that takes less is not done sooner by
@@ -458,8 +458,12 @@ class Runner:
                 for job in jobs:
                     if job.record is not None:  # its time may be over before this is
                         job.record.computing = begun
-                outcome, seconds = await self._worker.run(self._attempt, jobs)
-                self._finish(jobs, outcome, seconds, begun)
+                try:
+                    outcome, seconds = await self._worker.run(self._attempt, jobs)
+                except NoThread as error:
+                    self._refuse(jobs, error)
+                else:
+                    self._finish(jobs, outcome, seconds, begun)
                 self._batch = self._next_batch()
                 if self._batch and self._is_cheap(self._batch):
                     self._queue.extendleft(reversed(self._batch))
@@ -582,6 +586,16 @@ class Runner:
         counters.computed(start)
         if seconds is not None:
             jobs[0].target.pace.learn(start, seconds)
+
+    def _refuse(self, jobs: Sequence[Job], error: NoThread) -> None:
+        """Tell a batch's callers that nothing computes it."""
+        if _failures.passes():
+            fields = {"model": str(self.model.ref), "reason": str(error)}
+            logger.error("nothing can be computed on a thread", extra={"fields": fields | _failures.held_back()})
+        for job in jobs:
+            if job.awaited:
+                self._fail(job, Overloaded("no thread can be had to compute this: try again"))
+            job.drop_rows()
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, RequestError):

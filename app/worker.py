@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+logger = logging.getLogger("diskless.worker")
 _Call = tuple[asyncio.Future[Any], Callable[[], Any]]
+
+
+class NoThread(Exception):
+    """The system gives this process no further thread at the moment."""
 
 
 class Worker:
@@ -27,12 +33,19 @@ class Worker:
     async def run[**P, T](self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Call `function` in the thread and return what it returns. Raises what it raises.
 
+        Raises `NoThread`, and calls nothing, when the thread was to be started and the system gives none; the next call tries
+        again.
+
         What is no `Exception` (a `SystemExit`, from the code of somebody's model) becomes a `RuntimeError`: it would end
         the event loop.
         """
         if self._calls is None:
-            self._calls = SimpleQueue()
-            threading.Thread(target=_work, args=(self._calls,), name=self._name, daemon=True).start()
+            calls: SimpleQueue[_Call | None] = SimpleQueue()
+            try:
+                threading.Thread(target=_work, args=(calls,), name=self._name, daemon=True).start()
+            except (RuntimeError, MemoryError) as error:
+                raise NoThread(f"no thread could be started: {error}") from error
+            self._calls = calls
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._calls.put((future, partial(function, *arguments, **named)))
         return await future
@@ -45,7 +58,10 @@ class Worker:
 
 
 def _work(calls: SimpleQueue[_Call | None]) -> None:
-    limit_native_threads()
+    try:
+        limit_native_threads()
+    except Exception:  # then it computes with more of them
+        logger.exception("the threads of native libraries could not be limited")
     while (call := calls.get()) is not None:
         future, function = call
         result, error = None, None

@@ -1,6 +1,7 @@
 """The queue in front of a model: batches, deadlines, one caller's fault, and how it ends."""
 
 import asyncio
+import contextlib
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 
 from app import inspection
 from app.errors import InvalidInput, Overloaded, PredictionFailed, PredictionTimeout
+from app.limits import Claim, PendingBytes
 from app.model import Model
 from app.names import ModelRef
 from app.runner import INLINE_SECONDS, INLINE_TEXT_BYTES, CallerGone, Pace, Runner
@@ -258,6 +260,38 @@ async def test_who_asks_a_retired_runner_is_answered_and_its_thread_goes_again()
 
     assert await ask(runner, [[1, 1, 1]]) == pytest.approx([5])
     await no_thread("predict sum")
+
+
+@contextlib.contextmanager
+def no_threads_to_be_had():
+    """The system gives none: each would have a stack that is larger than the memory that can be addressed."""
+    threading.stack_size(1 << 47)
+    try:
+        yield
+    finally:
+        threading.stack_size(0)
+
+
+async def test_without_a_thread_callers_are_told_and_the_next_ones_are_answered(caplog):
+    await no_thread("predict sum")
+    runner = made(linear(2))
+    pending = PendingBytes(10**6)
+    claims = [Claim(pending) for _ in range(3)]
+    assert all(claim.hold(10_000) for claim in claims)
+    with no_threads_to_be_had():
+        promises = [
+            runner.promise(runner.default, None, 1, rows=rows_of(runner, [[1, 1, 1]]), size=10_000, claim=claim)
+            for claim in claims
+        ]
+        told = await asyncio.gather(*(promise.future for promise in promises), return_exceptions=True)
+        alone = await asyncio.gather(ask(runner, [[1, 1, 1]]), return_exceptions=True)
+
+    assert [str(error) for error in told + alone] == ["no thread can be had to compute this: try again"] * 4
+    assert {type(error) for error in told + alone} == {Overloaded}
+    assert pending.held == 0
+    assert "nothing can be computed on a thread" in caplog.text
+    assert await ask(runner, [[1, 1, 1]]) == pytest.approx([5])
+    await runner.retire()
 
 
 async def no_thread(name):
