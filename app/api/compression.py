@@ -55,7 +55,13 @@ class Decompressor:
         """Return what a gzip body becomes. Raises `RequestTooLarge` and `InvalidRequest`."""
         async with self._lock:
             # zlib lets go of the interpreter meanwhile, and a small body may become a large one
-            return await asyncio.to_thread(decompress, body, self._max_bytes)
+            work = asyncio.ensure_future(asyncio.to_thread(decompress, body, self._max_bytes))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait((work,))  # its thread goes on: the next one's turn comes when that has ended
+                work.exception()  # nobody will ask for it
+                raise
 
 
 def decompress(body: bytes, max_bytes: int) -> bytes:
