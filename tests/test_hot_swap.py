@@ -128,7 +128,9 @@ async def test_while_a_100_mb_model_loads_health_and_other_models_answer(manager
         async def load() -> None:
             async with Connection(service) as connection:
                 refreshing = asyncio.create_task(connection.request("POST", "/models/refresh"))
-                await reached(50)  # answers of each kind, while its first bytes do not come
+                while "LOADING" not in [row["state"] for row in service.status()["models"]]:
+                    await asyncio.sleep(0.01)
+                await further(50)  # answers of each kind, while its first bytes do not come
                 assert service.model("large")["state"] == "LOADING"
                 before = dict(counts)
                 proxy.heal()
@@ -137,8 +139,9 @@ async def test_while_a_100_mb_model_loads_health_and_other_models_answer(manager
                 assert all(counts[path] > before[path] for path in counts)  # nor while they are read
             loaded.set()
 
-        async def reached(count: int) -> None:
-            while min(counts.values()) < count:
+        async def further(count: int) -> None:
+            begun = dict(counts)
+            while any(counts[path] < begun[path] + count for path in counts):
                 await asyncio.sleep(0.001)
 
         async with asyncio.timeout(120), asyncio.TaskGroup() as group:
