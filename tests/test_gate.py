@@ -1,6 +1,7 @@
 """What the gate finds of a loaded model is plain data, and what serves afterwards is made of it without a prediction."""
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from sklearn.linear_model import LinearRegression
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.svm import LinearSVC
+from threadpoolctl import threadpool_limits
 
 from app import gate as gates
 from app import inspection, sampling
@@ -27,6 +29,13 @@ WORDS = np.where(X[:, 0] > 0, "yes", "no")
 SVC = LinearSVC().fit(X, WORDS)
 SUM = LinearRegression().fit(X, X.sum(axis=1))
 REF = ModelRef("m", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the service has it: of what is computed on several, the time of this one says nothing."""
+    with threadpool_limits(1):
+        yield
 
 
 def model(estimator=SUM, **more):
