@@ -442,17 +442,17 @@ class DirectProtocol(DrainingProtocol):
             self._describe(record, exchange)
         if plan.timeout is not None:
             exchange.timeout = plan.timeout
+        if exchange.size > WEIGHED_BYTES:  # what is held of the body goes with its rows, whatever becomes of them
+            exchange.claim, self._claim = self._claim or Claim(self._shared.predictor.pending), None
         try:
             if plan.caller.bucket is not None:
                 plan.caller.spend(exchange.started)
-            if exchange.size > WEIGHED_BYTES:
-                exchange.claim, self._claim = self._claim or Claim(self._shared.predictor.pending), None
+            if exchange.claim is not None:
                 self._shared.predictor.hold_rows(exchange.claim, runner, exchange.count, exchange.size)
             runner.submit(exchange)
         except (Overloaded, RateLimited) as error:
             exchange.fail(error)
             exchange.drop_rows()
-            self._release()  # of a body whose rows have not taken it over
         return True
 
     def _hold(self, size: int) -> None:
