@@ -6,6 +6,7 @@ from typing import Any
 import boto3
 import pytest
 from botocore.config import Config
+from threadpoolctl import threadpool_limits
 
 from app.compiler import translation
 from app.model_storage import ModelStorageManager
@@ -19,6 +20,13 @@ from tests.trusted import TRUST
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As the service has it. Of what is computed on several, the time of one says nothing; and for a few rows, others are in the way."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture(scope="session")

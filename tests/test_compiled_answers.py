@@ -31,7 +31,6 @@ from sklearn.neighbors import KNeighborsRegressor
 from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import LabelEncoder, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.tree import DecisionTreeRegressor
-from threadpoolctl import threadpool_limits
 
 from app import inspection
 from app.api.predict import Predictor
@@ -48,6 +47,7 @@ from tests.test_served_answers import COARSE, assert_close
 from tests.trusted import TRUST
 from tests.zoo import BUILDERS, COUNT, fitted
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 REQUESTS = 24
 SEED = 3
 # Compiled altogether, and it took a closer look: logarithms of what is impossible, several types in one answer.
@@ -73,12 +73,6 @@ STRANGE: list[Any] = [
     2**70,
     [],
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """What the gate finds of a loaded model is plain data, and what serves afterwards is made of it without a prediction."""
 
 import json
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from sklearn.linear_model import LinearRegression
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.svm import LinearSVC
-from threadpoolctl import threadpool_limits
 
 from app import gate as gates
 from app import inspection, sampling
@@ -23,19 +21,13 @@ from tests import zoo
 from tests.estimators import Endless
 from tests.toy_operations import Chosen, Mistaken, line, program
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 random = np.random.default_rng(2)
 X = random.normal(size=(60, 3)).round(3)
 WORDS = np.where(X[:, 0] > 0, "yes", "no")
 SVC = LinearSVC().fit(X, WORDS)
 SUM = LinearRegression().fit(X, X.sum(axis=1))
 REF = ModelRef("m", "1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the service has it: of what is computed on several, the time of this one says nothing."""
-    with threadpool_limits(1):
-        yield
 
 
 def model(estimator=SUM, **more):

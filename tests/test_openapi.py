@@ -30,7 +30,6 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import MultiLabelBinarizer
-from threadpoolctl import threadpool_limits
 
 from app import inspection, publishing
 from app.api import openapi, schemas
@@ -53,6 +52,7 @@ from tests.service import AS_ADMIN, Service, running
 from tests.trusted import TRUST
 from tests.zoo import BUILDERS, NEEDS_EXAMPLES, fitted
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 REF = ModelRef("zoo", "1")
 ODD = [
     "$",
@@ -92,12 +92,6 @@ COMPILED = ("linear", "forest", "clusters")
 LIKE = ["a.b", "a-b", "a_b", "A_b", "a__b", "3d", "churn-v2"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):
-        yield
-
-
 def publish(folder: Path, name: str, model: Any, examples: Any = None, *, compile: bool = False, **more: Any) -> None:
     ModelStorageManager(LocalStorage(folder), trust=TRUST).save(name, model, examples=examples, compile=compile, **more)
 
@@ -113,11 +107,10 @@ def odd() -> tuple[Any, pd.DataFrame]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(one_thread, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bucket with models of every layout, with and without examples, and some that are strange."""
     path: Path = tmp_path_factory.mktemp("bucket")
-    with threadpool_limits(1):
-        fill(path)
+    fill(path)
     return path
 
 

@@ -29,13 +29,13 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
-from threadpoolctl import threadpool_limits
 
 from app import loaders
 from app.errors import LoadFailed, UntrustedType
 from tests.loading.hostile import CORPUS, Canary
 from tests.service import ROOT, clean_environment
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MB = 2**20
 ALLOWED_BYTES = 32 * MB
 LATE_BYTES = 32 * MB  # what is taken until the next look, and the file itself
@@ -71,12 +71,6 @@ class Reader:
     def stop(self) -> None:
         self.process.kill()
         self.process.communicate()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with threadpool_limits(1):  # more wait for each other where the models are fitted
-        yield
 
 
 @pytest.fixture(scope="module")

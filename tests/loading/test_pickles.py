@@ -6,7 +6,6 @@ import io
 import pickle
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import joblib
@@ -18,7 +17,6 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import all_estimators
-from threadpoolctl import threadpool_limits
 
 from app import loaders
 from app.errors import LoadFailed
@@ -27,15 +25,9 @@ from tests.loading import families
 from tests.loading.forms import FORMS, answers, dumped, same
 from tests.zoo import BUILDERS, fitted
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OWN = frozenset({"tests.zoo.calendar", "tests.zoo.lowered", "tests.zoo.squared"})
 NOT_BY_SKOPS = {"Birch", "clusters, a tree of them", "search, drawn from several", "birch"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the service has it; and for a few rows, others are in the way."""
-    with threadpool_limits(1):
-        yield
 
 
 def ours(form: str, body: bytes, trusted: frozenset[str] = OWN) -> Any:
