@@ -1,6 +1,10 @@
 """What every test may ask for. The S3 server is a real one, started once for the whole run."""
 
+import fcntl
+import gc
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -15,6 +19,12 @@ from conformance.server import Server
 from demo.s3 import S3Server, start
 from tests.faults import FaultyProxy
 from tests.trusted import TRUST
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests themselves out of collections: each would stand still for half a second, and its service not."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +45,10 @@ def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     if plugin := request.config.pluginmanager.get_plugin("conformance.plugin"):  # `make conformance` has its own
         yield plugin.server()
         return
-    with start(tmp_path_factory.mktemp("s3")) as server:
+    with open(Path(tempfile.gettempdir()) / "diskless-tests-s3.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time: until a server listens, its ports look free to the others
+        server = start(tmp_path_factory.mktemp("s3"))
+    with server:
         yield server
 
 

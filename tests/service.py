@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,9 +35,18 @@ AS_ASGI = (
 )
 
 
+# Below those that the system gives to whoever asks for any, and those of the S3 servers: each of pytest's processes has its own.
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+_BLOCK = range(2000 + 1000 * (_PROCESS % 8), 3000 + 1000 * (_PROCESS % 8))
+_ports = itertools.cycle([*_BLOCK[(at := random.randrange(1000)) :], *_BLOCK[:at]])
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
+    """Return a port that nobody has, and that nobody else is given until it is taken."""
+    for port in itertools.islice(_ports, len(_BLOCK)):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError(f"no port is free in {_BLOCK}")
 
 
 def r2_environment(endpoint_url: str, bucket: str, credentials: Credentials) -> dict[str, str]:

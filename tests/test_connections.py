@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sklearn.pipeline import make_pipeline
 from app import inspection
 from app.api.predict import Predictor
 from app.auth import Access
-from app.connections import HEALTH_PLACES, SWEEP_SECONDS
+from app.connections import GRACE_SECONDS, HEALTH_PLACES, SWEEP_SECONDS
 from app.limits import FILES_BESIDE, Claim, PendingBytes
 from app.model import Model
 from app.model_storage import ModelStorageManager
@@ -47,9 +47,10 @@ PADDED = SUM + b" " * (15_000_000 - len(SUM))  # valid, and large
 LONG = json.dumps({"model": "sum", "instances": [[0.1, 0.2, 0]] * 9000}).encode()  # its answer is longer still
 SPEC = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
+TRICKLE_PIECES = int(PATIENCE_SECONDS / 0.05)  # each 0.05 s after the one before: more than anybody waits for
 NAP = json.dumps({"model": "naps", "instances": [[15, 0, 0]]}).encode()
-QUICK = {"ML_HEADER_TIMEOUT_SECONDS": "1", "ML_BODY_TIMEOUT_SECONDS": "1", "ML_KEEP_ALIVE_SECONDS": "1"}
+QUICK = {"ML_HEADER_TIMEOUT_SECONDS": "1", "ML_BODY_TIMEOUT_SECONDS": "1", "ML_KEEP_ALIVE_SECONDS": "5"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module", params=[COMMAND, AS_ASGI], ids=["direct", "asgi"])
 def impatient(environment, request) -> Iterator[Service]:
-    """A service that waits for nothing longer than a second, with each of the two layers that may answer."""
+    """A service that waits for no request longer than a second, with each of the two layers that may answer."""
     with running(environment | QUICK, command=request.param) as service:
         yield service.wait_ready()
 
@@ -85,8 +86,11 @@ def post(content: bytes, *headers: bytes, length: int | None = None) -> bytes:
     return b"\r\n".join((b"POST /predict HTTP/1.1", b"Host: x", announced, *headers)) + b"\r\n\r\n" + content
 
 
-async def talk(service: Service, pieces: Sequence[bytes], pause: float = 0.0) -> bytes:
-    """Send pieces, with pauses between them, and return all that comes until the service ends the connection."""
+async def talk(service: Service, pieces: Iterable[bytes], pause: float = 0.0, *, apart: bool = False) -> bytes:
+    """Send pieces, with pauses between them, and return all that comes until the service ends the connection.
+
+    `apart`: each when the service has read the one before, so that no two of them come to it together.
+    """
     async with asyncio.timeout(PATIENCE_SECONDS), connected("127.0.0.1", service.port) as (reader, writer):
 
         async def send() -> None:
@@ -94,6 +98,8 @@ async def talk(service: Service, pieces: Sequence[bytes], pause: float = 0.0) ->
                 for piece in pieces:
                     writer.write(piece)
                     await writer.drain()
+                    if apart:
+                        await until(lambda: not in_kernel(service), "read")
                     await asyncio.sleep(pause)
 
         sending = asyncio.create_task(send())
@@ -156,7 +162,7 @@ async def serves(service: Service) -> None:
 
 # Heads and bodies that do not arrive
 
-TRICKLE = [b"X-Slow: "] + [b"z"] * 600
+TRICKLE = [b"X-Slow: "] + [b"z"] * TRICKLE_PIECES
 HEADS = {
     "of a get": [b"GET /health/li"],
     "after an answer": [post(SUM), b"POST /predict HTTP/1.1\r\nHost: x\r\n"],
@@ -188,11 +194,11 @@ BODIES = {
     "in chunks": [post(b"", b"Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"") + b"5\r\n{"],
     "that is to be asked for": [post(b"", b"Expect: 100-continue", length=100)],
     "for another route": [b"POST /models/status HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n{"],
-    "that trickles in": [post(b"", length=10_000), *[b" "] * 600],
+    "that trickles in": [post(b"", length=10_000), *[b" "] * TRICKLE_PIECES],
     "that trickles in behind a known head": [post(SUM), post(SUM)[:-5], *[b" "] * 4],
     "that trickles in in chunks": [
         post(b"", b"Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b""),
-        *[b"1\r\n \r\n"] * 600,
+        *[b"1\r\n \r\n"] * TRICKLE_PIECES,
     ],
 }
 
@@ -220,9 +226,9 @@ async def test_a_refused_body_that_does_not_arrive_is_not_waited_for(impatient):
 async def test_a_connection_without_a_request_is_closed_without_a_word(impatient):
     sent = {
         "nothing": [],
-        "empty lines": [b"\r\n"] * 600,
+        "empty lines": [b"\r\n"] * TRICKLE_PIECES,
         "nothing after an answer": [post(SUM)],
-        "empty lines after an answer": [post(SUM), *[b"\r\n"] * 600],
+        "empty lines after an answer": [post(SUM), *[b"\r\n"] * TRICKLE_PIECES],
     }
     for name, answer in await talks(impatient, sent):
         assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200 ") == ("answer" in name)
@@ -231,8 +237,21 @@ async def test_a_connection_without_a_request_is_closed_without_a_word(impatient
 async def test_a_client_that_is_slow_again_and_again_is_served(impatient):
     request = post(SUM)
     pieces = [piece for _ in range(8) for piece in (request[:20], request[20:-5], request[-5:])]
-    answer = await talk(impatient, [*pieces, LIVE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")], pause=0.15)
+    pieces.append(LIVE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    pauses: list[float] = []
 
+    def slowly() -> Iterator[bytes]:
+        for piece in pieces:
+            sent = time.monotonic()
+            yield piece
+            pauses.append(time.monotonic() - sent)
+
+    for _ in range(10):
+        pauses.clear()
+        answer = await talk(impatient, slowly(), pause=0.15)
+        if answer.count(b"HTTP/1.1 200 ") == 9:
+            break
+        assert max(pauses) > 0.9, answer  # only who was late, as this machine had stopped us, is turned away
     assert answer.count(b"HTTP/1.1 200 ") == 9
 
 
@@ -245,18 +264,23 @@ async def test_an_answer_that_takes_longer_than_any_time_out_is_waited_for(impat
 
 async def test_while_the_service_does_not_read_nobody_is_late(impatient):
     request = post(SUM, b"Connection: close")
-    async with connected("127.0.0.1", impatient.port) as (reader, writer):
-        writer.write(request[:20])
-        await serves(impatient)
-        impatient.process.send_signal(signal.SIGSTOP)
-        try:
-            writer.write(request[20:])
-            await writer.drain()
-            await asyncio.sleep(3)  # longer than a head may take
-        finally:
-            impatient.process.send_signal(signal.SIGCONT)
-
-        assert told(await asyncio.wait_for(reader.read(), PATIENCE_SECONDS))[2]["predictions"] == [6.5]
+    for _ in range(10):
+        async with connected("127.0.0.1", impatient.port) as (reader, writer):
+            begun = time.monotonic()
+            writer.write(request[:20])
+            await serves(impatient)
+            impatient.process.send_signal(signal.SIGSTOP)
+            try:
+                was_late = time.monotonic() - begun > 0.9  # before the service was stopped
+                writer.write(request[20:])
+                await writer.drain()
+                await asyncio.sleep(3)  # longer than a head may take
+            finally:
+                impatient.process.send_signal(signal.SIGCONT)
+            answer = await asyncio.wait_for(reader.read(), PATIENCE_SECONDS)
+        if not was_late:
+            break
+    assert told(answer)[2]["predictions"] == [6.5]
 
 
 @pytest.mark.parametrize(
@@ -274,8 +298,8 @@ async def test_while_the_service_does_not_read_nobody_is_late(impatient):
     ],
     ids=["a header", "a path", "headers", "headers of a prediction", "headers without an end", "trailers"],
 )
-async def test_a_head_that_is_too_large_is_refused(impatient, sent):
-    refused(await talk(impatient, sent, pause=0.05), 431, "headers_too_large")
+async def test_a_head_that_is_too_large_is_refused(narrow, sent):
+    refused(await talk(narrow, sent, apart=True), 431, "headers_too_large")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +325,7 @@ async def test_what_is_no_http_is_refused_like_everything_else(impatient, before
 
 def closed_for(service: Service, reason: str) -> int:
     """How many connections the service says that it has closed for a reason."""
-    lines = [json.loads(line) for line in service.log().splitlines()]
+    lines = [json.loads(line) for line in service.log().rpartition("\n")[0].splitlines()]  # the last may be half there
     return sum(line.get(reason, 0) for line in lines if line["event"] == "closed connections")
 
 
@@ -320,16 +344,29 @@ async def test_a_client_that_does_not_read_is_let_go(impatient, sent):
 
 
 async def test_a_client_that_reads_slowly_gets_its_answers(impatient):
-    count, found, tail = 60, 0, b""
-    async with asyncio.timeout(60), connected("127.0.0.1", impatient.port) as (reader, writer):
+    count = 60
+    for _ in range(10):
+        found, pause = await read_slowly(impatient, count)
+        if found == count:
+            break
+        assert pause > 0.9  # only who did not read, as this machine had stopped us, is let go
+    assert found == count
+
+
+async def read_slowly(service: Service, count: int) -> tuple[int, float]:
+    """Ask for so many long answers; return how many of them came, and for how long the client did not read at most."""
+    found, tail, longest = 0, b"", 0.0
+    async with asyncio.timeout(PATIENCE_SECONDS), connected("127.0.0.1", service.port) as (reader, writer):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         writer.write(post(LONG) * count)
-        while found < count:
-            more = await reader.read(131_072)
-            assert more
-            found += (tail + more).count(b"HTTP/1.1 200 ")
-            tail = more[-12:]
-            await asyncio.sleep(0.1)  # the kernel alone has enough for it for longer than the service has patience
+        at = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while found < count and (more := await reader.read(131_072)):
+                found += (tail + more).count(b"HTTP/1.1 200 ")
+                tail = more[-12:]
+                await asyncio.sleep(0.1)  # the kernel alone has enough for it for longer than the service has patience
+                longest, at = max(longest, time.monotonic() - at), time.monotonic()
+        return found, max(longest, time.monotonic() - at)
 
 
 # Too many
@@ -394,7 +431,8 @@ async def test_a_flood_of_connections_leaves_the_service_answering(patient, sent
 @pytest.fixture(scope="module")
 def small(environment) -> Iterator[Service]:
     """A service that takes eight connections."""
-    with running(environment | {"ML_MAX_CONNECTIONS": "8"}) as service:
+    unhurried = {"ML_HEADER_TIMEOUT_SECONDS": "60", "ML_BODY_TIMEOUT_SECONDS": "60"}
+    with running(environment | unhurried | {"ML_MAX_CONNECTIONS": "8"}) as service:
         service.wait_ready().client.close()
         yield service
 
@@ -419,21 +457,33 @@ async def test_those_go_first_that_have_been_idle_longest(small):
 
 
 async def test_who_fills_the_service_pays_first(small):
-    with contextlib.ExitStack() as stack:
-        (busy,) = stack.enter_context(crowd(small, 1, post(NAP)))
-        heads = stack.enter_context(crowd(small, 3, b"GET /"))
-        bodies = stack.enter_context(crowd(small, 3, post(b"{", length=100)))
-        await serves(small)
-        stack.enter_context(crowd(small, 1))
-        for number, connection in enumerate(heads):
-            stack.enter_context(crowd(small, 1, LIVE))
-            answers: list[bytes] = []
-            await until(lambda one=connection, answers=answers: answers.append(received(one)) or answers[-1], "refused")
-
-            headers = refused(answers[-1], 429, "overloaded")
-            assert headers["retry-after"] == "1"
-            assert [received(other) for other in [*heads, *bodies][number + 1 :]] == [None] * (5 - number)
-        assert received(busy) is None
+    for _ in range(10):
+        await until(lambda: sockets(small) <= 8, "rid of who was there before")
+        with contextlib.ExitStack() as stack:
+            (busy,) = stack.enter_context(crowd(small, 1, post(NAP)))
+            heads = stack.enter_context(crowd(small, 3, b"GET /"))
+            bodies = stack.enter_context(crowd(small, 3, post(b"{", length=100)))
+            await serves(small)
+            idle_since = time.monotonic()
+            idle = stack.enter_context(crowd(small, 1))
+            told_of: list[tuple[list[bytes | None], list[bytes | None]]] = []
+            for number, connection in enumerate(heads):
+                idle += stack.enter_context(crowd(small, 1, LIVE))
+                answers: list[bytes | None] = []
+                while not (answers and answers[-1]):
+                    answers.append(received(connection))
+                    if time.monotonic() - idle_since > 0.9 * GRACE_SECONDS:
+                        break
+                    await asyncio.sleep(0.02)
+                told_of.append((answers[-1:], [received(other) for other in [*heads, *bodies][number + 1 :]]))
+            still_busy = received(busy) is None
+            if time.monotonic() - idle_since <= 0.9 * GRACE_SECONDS:
+                break  # else some had been idle for so long that they went instead
+    assert [others for _, others in told_of] == [[None] * 5, [None] * 4, [None] * 3]
+    for (answer,), _ in told_of:
+        headers = refused(answer, 429, "overloaded")
+        assert headers["retry-after"] == "1"
+    assert still_busy
 
 
 async def test_when_all_are_being_answered_there_is_a_place_for_health_checks_only(small):
@@ -451,9 +501,10 @@ async def test_when_all_are_being_answered_there_is_a_place_for_health_checks_on
         with crowd(small, 3 * HEALTH_PLACES) as silent:  # nor do they keep it from who asks
             assert told(await talk(small, [LIVE]))[0] == 200
             assert sum(received(connection) == b"" for connection in silent) >= 2 * HEALTH_PLACES
-            await until(lambda: sockets(small) <= 8 + HEALTH_PLACES + 2, "closed")  # two listen
+            await until(lambda: sockets(small) <= 8 + HEALTH_PLACES + 8, "closed")  # with what it needs itself
 
         assert [received(connection) for connection in busy] == [None] * 8
+    await until(lambda: sockets(small) <= 8, "rid of them")
     await serves(small)
 
 
@@ -474,10 +525,19 @@ MEGABYTE = b" " * 1_000_000
 # Bytes that are held: three bodies of 15 MB fit into 48 MB, four do not
 
 
+NARROW = {"ML_MAX_PENDING_BYTES": str(48 * MB)}
+
+
 @pytest.fixture(scope="module", params=[COMMAND, AS_ASGI], ids=["direct", "asgi"])
 def narrow(environment, request) -> Iterator[Service]:
-    limits = {"ML_MAX_PENDING_BYTES": str(48 * MB), "ML_BODY_TIMEOUT_SECONDS": "8"}
-    with running(environment | limits, command=request.param) as service:
+    with running(environment | NARROW | {"ML_BODY_TIMEOUT_SECONDS": "60"}, command=request.param) as service:
+        yield service.wait_ready()
+
+
+@pytest.fixture(scope="module", params=[COMMAND, AS_ASGI], ids=["direct", "asgi"])
+def hasty(environment, request) -> Iterator[Service]:
+    """The same, for what waits until a body is late. What is to arrive there must do so in that time."""
+    with running(environment | NARROW | {"ML_BODY_TIMEOUT_SECONDS": "8"}, command=request.param) as service:
         yield service.wait_ready()
 
 
@@ -531,9 +591,7 @@ async def test_what_does_not_fit_beside_what_is_held_is_refused_before_it_is_rea
     assert await large(narrow) == 200
 
 
-@pytest.mark.parametrize(
-    "end", ["answered", "invalid", "broken off", "too late", "refused", "computed meanwhile", "compressed"]
-)
+@pytest.mark.parametrize("end", ["answered", "invalid", "broken off", "refused", "computed meanwhile", "compressed"])
 async def test_what_was_held_is_free_however_a_request_ends(narrow, end):
     match end:
         case "answered":
@@ -545,10 +603,6 @@ async def test_what_was_held_is_free_however_a_request_ends(narrow, end):
         case "broken off":
             async with held(narrow, 3):
                 pass
-        case "too late":
-            async with held(narrow, 3) as connections:
-                for reader, _ in connections:
-                    refused(await reader.read(), 408, "request_timeout")
         case "refused":
             async with held(narrow, 2):
                 for answer in await asyncio.gather(*(talk(narrow, chunked(*[MEGABYTE] * 30)) for _ in range(4))):
@@ -564,7 +618,19 @@ async def test_what_was_held_is_free_however_a_request_ends(narrow, end):
             statuses = [told(answer)[0] for answer in await asyncio.gather(*(talk(narrow, [sent]) for _ in range(5)))]
             assert statuses == [200] * 5  # what is held while they wait is a row of each
 
-    async with held(narrow, 3) as connections:
+    await has_room_for_three(narrow)
+
+
+async def test_what_was_held_is_free_when_a_request_is_too_late(hasty):
+    async with held(hasty, 3) as connections:
+        for reader, _ in connections:
+            refused(await reader.read(), 408, "request_timeout")
+
+    await has_room_for_three(hasty)
+
+
+async def has_room_for_three(service: Service) -> None:
+    async with held(service, 3) as connections:
         for reader, writer in connections:
             writer.write(b" ")
             assert told(await reader.read())[0] == 200
@@ -596,22 +662,22 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-async def test_a_flood_of_large_bodies_leaves_the_service_answering(narrow, name):
+async def test_a_flood_of_large_bodies_leaves_the_service_answering(hasty, name):
     pieces, expected = LARGE[name]
-    await serves(narrow)
-    Path(f"/proc/{narrow.process.pid}/clear_refs").write_text("5")  # the peak is counted from here
-    before = resident(narrow)
-    flood = [asyncio.create_task(talk(narrow, pieces)) for _ in range(60)]
+    await serves(hasty)
+    Path(f"/proc/{hasty.process.pid}/clear_refs").write_text("5")  # the peak is counted from here
+    before = resident(hasty)
+    flood = [asyncio.create_task(talk(hasty, pieces)) for _ in range(60)]
     while not all(one.done() for one in flood):
-        await serves(narrow)
+        await serves(hasty)
     answers = await asyncio.gather(*flood)
 
     # beside what may be pending: for each connection what the event loop reads at once (256 kB), and a copy of a body
-    assert resident(narrow, "VmHWM") - before < 48 * MB + 60 * 300_000 + 2 * len(PADDED)
+    assert resident(hasty, "VmHWM") - before < 48 * MB + 60 * 300_000 + 2 * len(PADDED)
     statuses = {told(answer)[0] for answer in answers if answer}
     assert statuses <= expected
     assert statuses
-    assert await large(narrow) == 200
+    assert await large(hasty) == 200
 
 
 @pytest.mark.parametrize("model", ["sum", "naps"])
@@ -621,13 +687,16 @@ async def test_rows_that_wait_are_counted_with_the_memory_that_they_take(narrow,
     await serves(narrow)
     Path(f"/proc/{narrow.process.pid}/clear_refs").write_text("5")  # the peak is counted from here
     before = resident(narrow)
-    nap = asyncio.create_task(talk(narrow, [post(NAP.replace(b"15", b"6 "), b"Connection: close")]))
-    await asyncio.sleep(0.2)
-    answers = await asyncio.gather(*(talk(narrow, [sent]) for _ in range(300)))
+    for seconds in (b"6 ", b"12", b"18"):  # as long as it takes that all of the others come meanwhile
+        nap = asyncio.create_task(talk(narrow, [post(NAP.replace(b"15", seconds), b"Connection: close")]))
+        await asyncio.sleep(0.2)
+        answers = await asyncio.gather(*(talk(narrow, [sent]) for _ in range(300)))
+        assert told(await nap)[0] == 200
+        statuses = [told(answer)[0] for answer in answers]
+        if model == "sum" or statuses.count(200) <= 200:
+            break
 
     assert resident(narrow, "VmHWM") - before < 48 * MB + 300 * 100_000 + 20 * MB
-    assert told(await nap)[0] == 200
-    statuses = [told(answer)[0] for answer in answers]
     if model == "naps":  # its thread is busy, and most have to wait
         assert 30 <= statuses.count(200) <= 200
         for answer in answers:

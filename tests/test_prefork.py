@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from app.model_storage import ModelStorageManager
+from app.protocol import LINGER_SECONDS
 from app.storage.r2 import R2Storage
 from tests import estimators
 from tests.repository import ROWS, classifier, draft, dumped, expected, linear, put, scaler
@@ -75,13 +76,19 @@ def workers(status: dict[str, Any]) -> dict[int, int]:
 
 
 class Load:
-    """Callers on connections that they keep as long as the service does, and what became of their requests."""
+    """Callers on connections that they keep as long as the service does, and what became of their requests.
+
+    A service that ends waits `LINGER_SECONDS` for a connection's next request. Callers who stood still for so long find it
+    closed, and have lost nothing; who did not stand still has.
+    """
 
     def __init__(self, service: Service, **request: Any) -> None:
         self._port = service.port
         self._body = json.dumps(request).encode()
         self.answers: list[dict[str, Any]] = []
         self.failures: list[str] = []
+        self._closed: list[str] = []  # without a byte of an answer
+        self._stood_still = 0.0  # seconds, at most
         self._done = False
 
     @contextlib.asynccontextmanager
@@ -89,16 +96,25 @@ class Load:
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             for _ in range(callers):
                 group.create_task(self._call())
+            group.create_task(self._watch())
             try:
                 yield self
             finally:
                 self._done = True
+        if self._stood_still < LINGER_SECONDS / 2:
+            self.failures += self._closed
 
     async def answered(self, count: int = 100) -> None:
         """Wait for so many answers more."""
         reached = len(self.answers) + count
         while len(self.answers) < reached:
             await asyncio.sleep(0.002)
+
+    async def _watch(self) -> None:
+        while not self._done:
+            before = time.monotonic()
+            await asyncio.sleep(0.02)
+            self._stood_still = max(self._stood_still, time.monotonic() - before)
 
     async def _call(self) -> None:
         head = f"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(self._body)}\r\n\r\n".encode()
@@ -120,7 +136,10 @@ class Load:
                         self.answers.append(json.loads(body))
                     closing = "connection: close" in answer
             except (OSError, asyncio.IncompleteReadError) as error:
-                self.failures.append(repr(error))
+                nothing_came = isinstance(error, ConnectionError) or (
+                    isinstance(error, asyncio.IncompleteReadError) and error.expected is None and not error.partial
+                )
+                (self._closed if nothing_came else self.failures).append(repr(error))
             finally:
                 writer.close()
 

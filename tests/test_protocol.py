@@ -72,6 +72,10 @@ async def until(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0.001)
 
 
+def all_of(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
 def answers(received: bytes) -> list[tuple[str, bool]]:
     """Return the path that each answer repeats, and whether the answer says that the connection closes."""
     found = []
@@ -93,6 +97,12 @@ def _impatient(monkeypatch):
     monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """For clients that send something more after the signal to stop: they need not be quick."""
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 60)
+
+
 def test_by_default_idle_connections_are_kept_longer_than_the_router_keeps_them(monkeypatch):
     monkeypatch.setenv("WEB_CONCURRENCY", "2")
 
@@ -107,7 +117,7 @@ async def test_what_waits_to_be_accepted_is_answered():
             connection.sendall(GET % b"early")
             await server.shutdown([sock])
 
-            assert answers(connection.recv(65536)) == [("/early", True)]
+            assert answers(all_of(connection)) == [("/early", True)]
 
 
 async def test_whatever_waits_to_be_accepted_is_answered_however_many_that_is():
@@ -118,9 +128,10 @@ async def test_whatever_waits_to_be_accepted_is_answered_however_many_that_is():
             connection.sendall(GET % b"early")
         await server.shutdown([sock])
 
-        assert [answers(connection.recv(65536))[0][0] for connection in waiting] == ["/early"] * 5
+        assert [answers(all_of(connection))[0][0] for connection in waiting] == ["/early"] * 5
 
 
+@pytest.mark.usefixtures("patient")
 async def test_what_arrives_after_the_signal_is_answered_once_more():
     async with served(Application()) as (server, sock), connected(*sock.getsockname()) as (reader, writer):
         writer.write(GET % b"one")
@@ -227,6 +238,7 @@ async def test_of_many_requests_at_once_only_some_are_read_before_others_are_ans
         assert [number for number, (_, closes) in enumerate(answers(received)) if closes] == [1999] * stopping
 
 
+@pytest.mark.usefixtures("patient")
 async def test_an_answer_that_has_begun_keeps_the_promise_of_its_headers():
     app = Application()
     app.between.clear()
