@@ -42,6 +42,6 @@ def client(app: Any, **options: Any) -> httpx.AsyncClient:
 
 async def ready(app: Front) -> None:
     """Wait until every required model is served."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         while app.registry.not_ready() is not None:
             await asyncio.sleep(0.005)

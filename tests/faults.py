@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -173,6 +174,7 @@ class FaultyProxy:
     target: str
     seen: list[Seen] = field(default_factory=list)
     connections: int = 0  # how many were made
+    tls: ssl.SSLContext | None = None  # what it speaks with
 
     def __enter__(self) -> Self:
         self._rules: list[_Rule] = []
@@ -180,6 +182,8 @@ class FaultyProxy:
         self._guard = threading.Lock()
         self._over = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _Handler, self)
+        if self.tls is not None:  # before the thread asks for the socket's number
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
         return self
@@ -214,6 +218,11 @@ class FaultyProxy:
             self._rules.clear()
         self._over.set()
         self._over = threading.Event()
+
+    def hangs(self, method: str, target: str, span: str = "") -> bool:
+        """Whether the next request like this will not be answered, or not to its end."""
+        with self._guard:
+            return next((rule.fault.hangs for rule in self._rules if rule.is_for(method, target, span)), False)
 
     def methods(self) -> list[str]:
         """Return the methods of all requests so far."""
@@ -253,6 +262,7 @@ class FaultyProxy:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # who does not fit into it waits for a second
     block_on_close = False
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], proxy: FaultyProxy) -> None:
@@ -289,9 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.server.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
-        proxy.seen.append(Seen(self.command, self.path, headers))
+        over = proxy._over  # before the fault: who heals in between forgets that, and lets go of this
         fault = proxy._fault(self.command, self.path, _header(headers, "range"))
-        over = proxy._over
+        proxy.seen.append(Seen(self.command, self.path, headers))  # whoever sees it may heal: it has its fault
         answer = fault.instead or Answer(204, {}, b"")
         if (etag := _header(answer.headers, "etag")) and etag == _header(headers, "if-none-match"):
             answer = Answer(304, answer.headers, b"")

@@ -154,7 +154,7 @@ class Served:
     def version(self, name: str) -> str:
         return self.registry.get(name).model.ref.version
 
-    async def until(self, condition: Callable[[], Any], seconds: float = 30) -> None:
+    async def until(self, condition: Callable[[], Any], seconds: float = 120) -> None:
         async with asyncio.timeout(seconds):
             while not condition():
                 await asyncio.sleep(0.005)

@@ -88,7 +88,7 @@ class Service:
             stderr=subprocess.STDOUT,
             start_new_session=own_group,
         )
-        self.client = httpx.Client(base_url=self.url, headers=AS_ADMIN, timeout=30, trust_env=False)
+        self.client = httpx.Client(base_url=self.url, headers=AS_ADMIN, timeout=120, trust_env=False)
 
     def log(self) -> str:
         self._log.flush()
@@ -96,7 +96,7 @@ class Service:
 
     def told(self, count: int, *containing: str) -> list[str]:
         """The lines of the log that have all of this in them, once there are so many: an answer is told of after it was sent."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while True:
             lines = [line for line in self.log().splitlines() if all(text in line for text in containing)]
             if len(lines) >= count or time.monotonic() > end:
@@ -104,18 +104,25 @@ class Service:
                 return lines
             time.sleep(0.01)
 
-    def wait_live(self, seconds: float = 60) -> Service:
+    def wait_live(self, seconds: float = 180) -> Service:
         self._wait(lambda: self.client.get("/health/live").status_code == 200, "live", seconds)
         return self
 
-    def wait_ready(self, seconds: float = 60) -> Service:
+    def wait_ready(self, seconds: float = 180) -> Service:
         self._wait(lambda: self.client.get("/health/ready").status_code == 200, "ready", seconds)
         return self
 
-    def wait_for(self, condition: Callable[[dict[str, Any]], Any], what: str, seconds: float = 60) -> dict[str, Any]:
-        """Wait until the status fulfils a condition, and return it."""
-        self._wait(lambda: condition(self.status()), what, seconds)
-        return self.status()
+    def wait_for(self, condition: Callable[[dict[str, Any]], Any], what: str, seconds: float = 180) -> dict[str, Any]:
+        """Wait until the status fulfils a condition, and return that status: the next one may not."""
+        found: dict[str, Any] = {}
+
+        def holds() -> Any:
+            nonlocal found
+            found = self.status()
+            return condition(found)
+
+        self._wait(holds, what, seconds)
+        return found
 
     def status(self) -> dict[str, Any]:
         return self.client.get("/models/status").json()  # type: ignore[no-any-return]
@@ -127,7 +134,7 @@ class Service:
     def predict(self, **request: Any) -> httpx.Response:
         return self.client.post("/predict", json=request)
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 120) -> int:
         """Stop the process and return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)

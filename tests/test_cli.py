@@ -74,7 +74,7 @@ def command(
         input=stdin.read_text(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert "Traceback" not in run.stderr + run.stdout or environment.get("ML_LOG_LEVEL") == "debug"
     return run
@@ -160,7 +160,7 @@ def test_the_command_can_be_read_by_older_pythons():
 
 def test_an_older_python_says_in_a_line_that_it_is_too_old():
     def told(python: str, *words: str) -> tuple[int, str]:
-        done = subprocess.run([python, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([python, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout + done.stderr
 
     named = [path for minor in range(5, 12) if (path := shutil.which(f"python3.{minor}"))]
@@ -183,7 +183,7 @@ def test_a_python_without_the_requirements_says_in_a_line_what_is_missing():
         "-c",
         "import runpy, sys; sys.path[:0] = ['.']; runpy.run_module('app', {}, '__main__')",
     ]
-    done = subprocess.run([*bare, "list"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*bare, "list"], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(
@@ -717,7 +717,7 @@ def test_what_nobody_expected_is_one_line_unless_asked_for_more(run, tmp_path):
     broken = tmp_path / "shadow"
     broken.mkdir()
     (broken / "uvicorn.py").write_text("raise RuntimeError('cannot\\nbe imported')\n")
-    environment = {"PYTHONPATH": f"{broken}:{ROOT}"}
+    environment = {"PYTHONPATH": f"{broken}:{ROOT}", "PORT": str(free_port())}
     plain, asked = run("serve", **environment), run("serve", **environment, ML_LOG_LEVEL="debug")
 
     assert plain.returncode == 1

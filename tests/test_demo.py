@@ -20,11 +20,11 @@ import pytest
 
 from demo import s3
 from demo.models import MODELS, churn_data
-from tests.service import ADMIN_KEY, AS_ADMIN
+from tests.service import ADMIN_KEY, AS_ADMIN, free_port
 
 ROOT = Path(__file__).parent.parent
 READY = "Ctrl-C stops everything."
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 600.0
 
 
 class Demo:
@@ -82,12 +82,6 @@ class Demo:
         """Return the words of each printed curl line by its model."""
         lines = [shlex.split(line) for line in self.output.splitlines() if line.startswith("curl ")]
         return {json.loads(words[-1])["model"]: words for words in lines}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def left_in(folder: Path) -> list[str]:
@@ -150,7 +144,7 @@ def test_the_first_run_shows_what_it_does(first_run):
 @pytest.mark.parametrize("name", MODELS)
 def test_each_printed_line_is_answered_as_the_trained_model_answers(first_run, name):
     words = first_run.requests()[name]
-    response = httpx.post(words[2], content=words[-1], headers=[words[4].split(": ")])
+    response = httpx.post(words[2], content=words[-1], headers=[words[4].split(": ")], timeout=WAIT_SECONDS)
     trained = joblib.load(first_run.folder / ".demo" / "trained" / f"{name}.joblib")
     frame = MODELS[name]().frame.head(1)
     expected = trained.predict_proba(frame) if name == "churn" else trained.predict(frame)
@@ -296,7 +290,8 @@ def test_with_a_bucket_in_the_environment_that_bucket_is_served(tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".env").write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
         transport = httpx.HTTPTransport(retries=8)  # with growing pauses, about a minute in all
-        with Demo(tmp_path / "run") as demo, httpx.Client(transport=transport) as client:
+        # Once it listens, callers wait until all is imported.
+        with Demo(tmp_path / "run") as demo, httpx.Client(transport=transport, timeout=WAIT_SECONDS) as client:
             status = client.get(f"http://127.0.0.1:{demo.port}/models/status", headers=AS_ADMIN).json()
 
     assert status["storage"]["location"] == f"R2 bucket mine at {server.endpoint_url}"

@@ -14,7 +14,6 @@ import socketserver
 import ssl
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from email.utils import format_datetime
 from pathlib import Path
@@ -61,16 +60,30 @@ def environment(tmp_path, monkeypatch):
     return put
 
 
-@pytest.fixture
-def examine(environment):
-    """Examine what variables describe, up to a check; return the findings: none may show the secret or lack a remedy."""
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A busy machine may stand still for seconds. What has to be given up is given up sooner, where a test says so."""
+    for limit in ("NETWORK_SECONDS", "REQUESTS_SECONDS", "CLEANING_SECONDS"):
+        monkeypatch.setattr(doctor, limit, 60.0)
 
-    async def run(*, read_only: bool = False, until: str | None = None, **variables: str) -> list[Finding]:
-        environment(**variables)
+
+@pytest.fixture
+def examine(environment, monkeypatch):
+    """Examine what variables describe, up to a check; return the findings: none may show the secret or lack a remedy.
+
+    The network has one second from the finding `hasty_after` on.
+    """
+
+    async def run(
+        *, read_only: bool = False, until: str | None = None, hasty_after: str | None = None, **variables: str
+    ) -> list[Finding]:
+        environment(**{"R2_CONNECT_TIMEOUT_SECONDS": "60"} | variables)
         findings: list[Finding] = []
         async with contextlib.aclosing(doctor.examine(load_settings(), read_only=read_only)) as examination:
             async for finding in examination:
                 findings.append(finding)
+                if finding.check == hasty_after:
+                    monkeypatch.setattr(doctor, "NETWORK_SECONDS", 1.0)
                 if finding.check == until:
                     break
         text = "\n".join(map(str, findings))
@@ -220,38 +233,34 @@ FOUND = Answer(302, {"Location": "https://login.invalid/?next=x"}, b"")
         (hang(), "does not answer a request", "S3 endpoint"),
     ],
 )
-async def test_what_answers_in_place_of_s3_is_named(examine, writer, proxy, monkeypatch, fault, found, remedy):
-    monkeypatch.setattr(doctor, "NETWORK_SECONDS", 1.5)
+async def test_what_answers_in_place_of_s3_is_named(examine, writer, proxy, fault, found, remedy):
     proxy.inject(fault, times=FOR_EVER)
-    failed = only_failure(await examine(**through(proxy, writer)))
+    hasty_after = "TLS" if fault.hangs else None
+    failed = only_failure(await examine(hasty_after=hasty_after, **through(proxy, writer)))
 
     assert failed.check == "S3"
     assert re.search(found, failed.found)
     assert remedy in failed.remedy
 
 
-async def test_a_port_that_takes_no_connection_is_given_up(examine, writer, monkeypatch):
-    monkeypatch.setattr(doctor, "NETWORK_SECONDS", 1.0)
+async def test_a_port_that_takes_no_connection_is_given_up(examine, writer):
     with contextlib.ExitStack() as opened:
         full = opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(8):  # the queue of connections that nobody accepts
             waiting = opened.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
-        failed = only_failure(
-            await examine(**writer | {"R2_ENDPOINT_URL": f"http://127.0.0.1:{full.getsockname()[1]}"})
-        )
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        failed = only_failure(await examine(hasty_after="name", **writer | {"R2_ENDPOINT_URL": url}))
 
     assert (failed.check, "no connection in time" in failed.found) == ("connection", True)
     assert "firewall" in failed.remedy
 
 
-async def test_a_server_that_does_not_shake_hands_is_given_up(examine, writer, monkeypatch):
-    monkeypatch.setattr(doctor, "NETWORK_SECONDS", 1.0)
+async def test_a_server_that_does_not_shake_hands_is_given_up(examine, writer):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        failed = only_failure(
-            await examine(**writer | {"R2_ENDPOINT_URL": f"https://127.0.0.1:{silent.getsockname()[1]}"})
-        )
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        failed = only_failure(await examine(hasty_after="connection", **writer | {"R2_ENDPOINT_URL": url}))
 
     assert failed.check == "TLS"
     assert "does not answer to the TLS handshake" in failed.found
@@ -313,14 +322,21 @@ async def test_a_proxy_that_nothing_here_can_speak_to_is_told(examine, writer):
         (None, State.SKIPPED, "does not tell the time"),
     ],
 )
-async def test_the_clock_is_held_against_the_servers(examine, writer, proxy, minutes, state, found):
+async def test_the_clock_is_held_against_the_servers(examine, writer, proxy, monkeypatch, minutes, state, found):
+    here = datetime.datetime.now(datetime.UTC)
+
+    class Clock(datetime.datetime):  # stands still, so that it does not count how long the answer takes
+        @classmethod
+        def now(cls, tz=None):
+            return here
+
     def tell(answer):
         kept = {name: value for name, value in answer.headers.items() if name.lower() != "date"}
         if minutes is not None:
-            now = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=minutes)
-            kept["Date"] = format_datetime(now, usegmt=True)
+            kept["Date"] = format_datetime(here + datetime.timedelta(minutes=minutes), usegmt=True)
         return replace(answer, headers=kept)
 
+    monkeypatch.setattr(doctor, "datetime", Clock)
     proxy.inject(Fault(spoil=tell), times=FOR_EVER)
     clock = one(await examine(until="clock", **through(proxy, writer)), "clock")
 
@@ -354,12 +370,8 @@ def certificate(folder: Path, *names: str, days: int = 1) -> ssl.SSLContext:
     return context
 
 
-@contextlib.contextmanager
-def speaking_tls(target: str, context: ssl.SSLContext) -> Iterator[FaultyProxy]:
-    with FaultyProxy(target) as proxy:
-        plain = proxy._server.socket
-        proxy._server.socket = context.wrap_socket(plain, server_side=True)
-        yield proxy
+def speaking_tls(target: str, context: ssl.SSLContext) -> FaultyProxy:
+    return FaultyProxy(target, tls=context)
 
 
 async def test_a_certificate_of_an_issuer_in_the_bundle_is_good_to_the_end(examine, s3, writer, tmp_path):
@@ -489,7 +501,12 @@ async def test_a_server_that_conditions_cannot_be_trusted_to_is_named_and_nothin
 async def test_each_request_that_hangs_is_given_up_and_the_object_is_removed_all_the_same(
     examine, writer, proxy, monkeypatch, r2_arguments
 ):
-    monkeypatch.setattr(doctor, "REQUESTS_SECONDS", 1.5)
+    checks = doctor._checks
+
+    def hasty(mode):
+        return [replace(it, seconds=1.5) if it.name in ("listing", "writing") else it for it in checks(mode)]
+
+    monkeypatch.setattr(doctor, "_checks", hasty)
     proxy.inject(hang(), containing="prefix=", times=FOR_EVER)
     proxy.inject(hang(), method="PUT", times=FOR_EVER)
     findings = await examine(**through(proxy, writer))

@@ -348,13 +348,13 @@ def interrupted(environment, proxy, method, containing, *words):
         text=True,
     )
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < end:
             if any(seen.method == method and containing in seen.target for seen in proxy.seen):
                 break
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
         process.wait()

@@ -557,7 +557,7 @@ def limited() -> Iterator[Limited]:
 
         def run(*arguments: str) -> subprocess.CompletedProcess[str]:
             command = group.command("-c", SCRIPT, str(group.file), *arguments)
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
         yield run
 

@@ -61,14 +61,19 @@ def publish(manager: ModelStorageManager, name: str, made: Draft) -> None:
 @pytest.fixture
 def serve(group, tmp_path) -> Any:
     def start(**settings: str) -> Any:
-        environment = {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(tmp_path), **settings}
+        environment = {
+            "ML_CLOUD_ONLY": "false",
+            "ML_LOCAL_DIR": str(tmp_path),
+            "ML_REFRESH_SECONDS": "3600",
+            **settings,
+        }
         return running(environment, command=group.command("-m", "app", "serve"))
 
     return start
 
 
 def look(service: Service) -> dict[str, Any]:
-    answer = service.client.post("/models/refresh", timeout=120)
+    answer = service.client.post("/models/refresh", timeout=600)
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
 
