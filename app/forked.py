@@ -68,6 +68,11 @@ class WorkerServer(DrainingServer):
         await super().startup(sockets)
         self._channel.send_now("ready")
 
+    @property
+    @override
+    def _is_last(self) -> bool:
+        return self._stop_told.is_set()
+
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what was accepted; what waits to be is for those who stay, if there are any."""

@@ -37,6 +37,7 @@ from app.api.routes import HEALTH
 from app.connections import SWEEP_SECONDS, UNREAD_BYTES, Connections, Stage, State, Watch
 from app.errors import HeadersTooLarge, InvalidRequest, RequestError
 from app.limits import Limits, files_allowed
+from app.listening import drop_newcomers
 
 if TYPE_CHECKING:
     from app.registry import Registry
@@ -496,13 +497,21 @@ class DrainingServer(uvicorn.Server):
                 logger.error("a connection could not be begun", exc_info=outcome)
                 connection.close()
 
+    @property
+    def _is_last(self) -> bool:
+        """Whether nobody goes on to accept connections of the same socket."""
+        return True
+
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop to listen, answer everything that was accepted, and end the application."""
         logger.info("stopping", extra={"fields": {"pid": os.getpid()}})
         self.connections.are_ending = True
         async with self._accepting:  # what was being accepted has all come
-            # Closing the listeners would reset those that the event loop has not seen yet.
+            # Closing the listeners would reset those that the event loop has not seen yet, and who comes in between.
+            for sock in sockets or ():
+                if self._is_last:
+                    drop_newcomers(sock)
             waiting = [connection for sock in sockets or () for connection in _accept_all(sock)]
             for server in self.servers:
                 server.close()

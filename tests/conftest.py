@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 from botocore.config import Config
+from hypothesis import HealthCheck, settings
 from threadpoolctl import threadpool_limits
 
 from app.compiler import translation
@@ -19,6 +20,10 @@ from conformance.server import Server
 from demo.s3 import S3Server, start
 from tests.faults import FaultyProxy
 from tests.trusted import TRUST
+
+# What an example takes says more of what the machine does beside it.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:

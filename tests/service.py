@@ -80,6 +80,7 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop
         self._folder = tempfile.TemporaryDirectory() if cwd is None else None
+        self.began = time.time()
         self.process = subprocess.Popen(
             command,
             env=clean_environment({"HOST": "127.0.0.1", **environment, "PORT": str(self.port)}),
@@ -88,7 +89,9 @@ class Service:
             stderr=subprocess.STDOUT,
             start_new_session=own_group,
         )
-        self.client = httpx.Client(base_url=self.url, headers=AS_ADMIN, timeout=120, trust_env=False)
+        # Tests take it that they ask over one connection: it must outlast what keeps them from it for a while.
+        kept = httpx.Limits(keepalive_expiry=60)
+        self.client = httpx.Client(base_url=self.url, headers=AS_ADMIN, timeout=120, trust_env=False, limits=kept)
 
     def log(self) -> str:
         self._log.flush()

@@ -285,7 +285,7 @@ def test_a_key_that_asks_too_fast_is_told_when_to_come_again(folder, arguments):
         service.client.headers.pop("x-api-key")
         answers = []
         for _ in range(25):  # each over a connection of its own, so that several workers take part
-            with httpx.Client(base_url=service.url, trust_env=False, headers={"x-api-key": ANN}) as client:
+            with httpx.Client(base_url=service.url, trust_env=False, headers={"x-api-key": ANN}, timeout=60) as client:
                 answers.append(client.post("/predict", json=SUM))
         statuses = [answer.status_code for answer in answers]
         refused = answers[-1]
@@ -315,13 +315,12 @@ def test_a_caller_may_wait_for_less_than_the_service_would(tmp_path, layer):
     manager.save("sum", toys.Sum(), examples=np.arange(24.0).reshape(8, 3))
     with running(environment(tmp_path), command=LAYERS[layer]) as service:
         service.wait_ready()
-        long = {"model": "naps", "instances": [[3, 0, 0]]}
-        begun = time.perf_counter()
+        long = {"model": "naps", "instances": [[600, 0, 0]]}  # whoever waited for it would not be answered
         late = service.client.post("/predict", json=long, headers={"x-request-timeout": "0.2"})
-        waited = time.perf_counter() - begun
         quick = {"model": "sum", "instances": [[1, 2, 3]]}
         good = [
-            service.client.post("/predict", json=quick, headers={"x-request-timeout": value}) for value in ("5", "0.5")
+            service.client.post("/predict", json=quick, headers={"x-request-timeout": value})
+            for value in ("60", "59.5")
         ]
         bad = [
             service.client.post("/predict", json=quick, headers={"x-request-timeout": value})
@@ -332,7 +331,6 @@ def test_a_caller_may_wait_for_less_than_the_service_would(tmp_path, layer):
         *(504, "prediction_timeout"),
         "no answer within 0.2 s",
     )
-    assert waited < 3  # the model naps for so long
     assert [answer.status_code for answer in good] == [200, 200]
     assert {answer.status_code for answer in bad} == {400}
     assert bad[3].json()["detail"] == "X-Request-Timeout: expected seconds, once, as in 2.5, got 'soon'"

@@ -3,24 +3,38 @@
 import asyncio
 import gzip
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
+from app.api import compression
 from app.api.compression import Decompressor
 
 
-def test_one_body_is_decompressed_at_a_time_whoever_goes_meanwhile():
-    zeros = gzip.compress(bytes(64_000_000), 1)
+def test_one_body_is_decompressed_at_a_time_whoever_goes_meanwhile(monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+    decompress, at_it, most = compression.decompress, set(), 0
 
-    async def work() -> tuple[bytes, int]:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(8, "decompressing"))
-        decompressor = Decompressor(100_000_000)
-        for _ in range(8):
-            asked = asyncio.create_task(decompressor.run(zeros))
-            await asyncio.wait((asked,), timeout=0.005)  # it has begun
-            asked.cancel()
-        last = await decompressor.run(gzip.compress(b"the last"))
-        return last, sum(thread.name.startswith("decompressing") for thread in threading.enumerate())
+    def slowly(body: bytes, max_bytes: int) -> bytes:
+        nonlocal most
+        at_it.add(threading.get_ident())
+        most = max(most, len(at_it))
+        begun.set()
+        assert may_end.wait(60)
+        at_it.remove(threading.get_ident())
+        return decompress(body, max_bytes)
 
-    last, threads = asyncio.run(work())
-    assert last == b"the last"
-    assert threads <= 2  # the first may not know yet that it could take the last one, too
+    async def work() -> bytes:
+        decompressor = Decompressor(1000)
+        gone = [asyncio.create_task(decompressor.run(gzip.compress(b"of one who goes")))]
+        assert await asyncio.to_thread(begun.wait, 60)
+        gone[0].cancel()
+        for _ in range(7):
+            gone.append(asyncio.create_task(decompressor.run(gzip.compress(b"of another"))))
+            await asyncio.wait((gone[-1],), timeout=0.005)  # in which it could begin, if it were let
+            gone[-1].cancel()
+        last = asyncio.create_task(decompressor.run(gzip.compress(b"the last")))
+        await asyncio.wait((last,), timeout=0.005)
+        may_end.set()
+        return await last
+
+    monkeypatch.setattr(compression, "decompress", slowly)
+    assert asyncio.run(work()) == b"the last"
+    assert most == 1

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from app.counters import AT_A_MODEL
-from app.metrics import BATCH_ROWS, LATENCY, LATENCY_BOUNDS, REFUSALS, REQUESTS, TABLE, markdown
+from app.metrics import BATCH_ROWS, LATENCY, LATENCY_BOUNDS, PROCESS_CPU, REFUSALS, REQUESTS, TABLE, markdown
 from app.model_storage import ModelStorageManager
 from app.registry import State
 from app.storage.local import LocalStorage
@@ -40,7 +40,7 @@ from tests.trusted import TRUST
 
 ROOT = Path(__file__).parent.parent
 ONE = [[1.0, 1.0, 1.0]]
-PAUSE_SECONDS = 0.3  # for which a request keeps the model that naps
+PAUSE_SECONDS = 1.0  # for which a request keeps the model that naps
 
 
 def local(folder: Path, workers: int, **more: str) -> dict[str, str]:
@@ -192,13 +192,20 @@ def test_the_codes_that_callers_are_given_are_those_that_are_counted(service):
     before = scrape(service)
     body = {"model": "naps", "instances": [[PAUSE_SECONDS, 0, 0]]}
 
-    def call(_: int) -> str:
+    refused = threading.Event()
+
+    def call(_: int) -> Counter[str]:
+        given = Counter[str]()
         with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as client:
-            answer = client.post("/predict", json=body)
-        return "ok" if answer.status_code == 200 else str(answer.json()["error"])
+            while not refused.is_set():  # those who come first go on until all are there
+                answer = client.post("/predict", json=body)
+                given["ok" if answer.status_code == 200 else str(answer.json()["error"])] += 1
+                if answer.status_code != 200:
+                    refused.set()
+        return given
 
     with ThreadPoolExecutor(24) as pool:
-        given = Counter(pool.map(call, range(24)))
+        given = sum(pool.map(call, range(24)), Counter[str]())
 
     assert given.keys() == {"ok", "overloaded"}  # each worker computes one, and lets three wait
     after = scrape_until(
@@ -250,7 +257,7 @@ def test_answers_of_routes_are_counted_and_what_never_reached_a_model(service):
     for body, status in bodies:
         content = body if isinstance(body, str) else json.dumps(body)
         assert service.client.post("/predict", content=content).status_code == status
-    with httpx.Client(base_url=service.url, trust_env=False) as stranger:
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as stranger:
         assert stranger.get("/metrics").status_code == 401
         assert stranger.get("/models/status").status_code == 401
 
@@ -292,7 +299,7 @@ def test_who_asks_is_told_by_the_names_of_keys(tmp_path, arguments, layer):
         service.wait_ready()
         for number in range(30):
             key = ann if number % 3 else bob
-            with httpx.Client(base_url=service.url, headers={"x-api-key": key}, trust_env=False) as client:
+            with httpx.Client(base_url=service.url, headers={"x-api-key": key}, trust_env=False, timeout=60) as client:
                 assert client.post("/predict", json={"instances": [[1, 2, 3]]}).status_code == 200
                 assert client.post("/predict", json={"instances": [["x", 2, 3]]}).status_code == 422
         service.client.post("/predict", json={"instances": [[1, 2, 3]]})
@@ -337,23 +344,27 @@ def test_requests_that_wait_and_are_computed_are_told_while_they_are(service):
     stop = threading.Event()
 
     def call(_: int) -> None:
-        while not stop.wait(0.01):  # on connections of their own: in the end each worker has as many as it takes
-            httpx.post(f"{service.url}/predict", json=body, trust_env=False, timeout=60)
+        apart = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=service.url, trust_env=False, timeout=60, limits=apart) as client:
+            while not stop.wait(0.01):  # on connections of their own: in the end each worker has as many as it takes
+                client.post("/predict", json=body)
+
+    def is_full(found: Scrape) -> bool:
+        queued = found.sum("diskless_queue_requests", model="naps")
+        return queued == waiting * count <= found.sum("diskless_in_flight_requests", model="naps") - count
 
     # What waits is computed at once, as one batch, and as many wait for the next: two more than all of them find no place.
     callers = 2 * waiting * count + 2
     with ThreadPoolExecutor(callers) as pool:
         done = pool.map(call, range(callers))
         try:
-            found = scrape_until(
-                service, lambda found: found.sum("diskless_queue_requests", model="naps") == waiting * count
-            )
+            found = scrape_until(service, is_full)
         finally:
             stop.set()
         list(done)
 
     computed = found.sum("diskless_in_flight_requests", model="naps") - waiting * count
-    assert count <= computed <= waiting * count
+    assert computed <= waiting * count
     assert found.sum("diskless_queue_limit_requests") == waiting * count
     assert found.sum("diskless_in_flight_requests", model="linear") == 0
     scrape_until(service, lambda found: found.sum("diskless_in_flight_requests", model="naps") == 0)
@@ -376,7 +387,7 @@ def test_the_processes_are_told(service):
     resident = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid in pids)
     assert 0 < found.sum("diskless_process_memory_bytes") <= 1.1 * resident
     assert 0 < found.sum("diskless_memory_used_bytes") < found.sum("diskless_memory_limit_bytes")
-    assert abs(time.time() - found.sum("diskless_start_time_seconds")) < 600
+    assert service.began - 1 < found.sum("diskless_start_time_seconds") < time.time() + 1
     seconds = found.sum("diskless_process_cpu_seconds_total")
     service.predict(model="linear", instances=ONE * 1000)
     assert scrape(service).sum("diskless_process_cpu_seconds_total") >= seconds > 0
@@ -399,7 +410,7 @@ def test_the_counts_of_a_worker_that_was_killed_stay_and_its_successor_counts_on
 
         def send(count: int) -> None:
             for _ in range(count):  # each on a connection of its own, so that both workers get some
-                answer = httpx.post(f"{service.url}/predict", json={"instances": ONE}, trust_env=False)
+                answer = httpx.post(f"{service.url}/predict", json={"instances": ONE}, trust_env=False, timeout=60)
                 answered["ok" if answer.status_code == 200 else answer.json()["error"]] += 1
 
         send(40)
@@ -416,8 +427,10 @@ def test_the_counts_of_a_worker_that_was_killed_stay_and_its_successor_counts_on
         assert counted_by_code(found, "a") == {"ok": 40}
         send(30)
 
-        found = scrape_until(service, lambda found: counted_by_code(found, "a") == answered == {"ok": 70})
-        assert found.sum("diskless_rows_total") == found.sum("diskless_batch_rows_sum") == 70
+        scrape_until(service, lambda found: counted_by_code(found, "a") == answered == {"ok": 70})
+        # A batch is counted when its answers are on their way.
+        found = scrape_until(service, lambda found: found.sum("diskless_batch_rows_sum") == 70)
+        assert found.sum("diskless_rows_total") == 70
         assert found.by("state", "diskless_workers") == {"serving": 2}
 
 
@@ -455,9 +468,12 @@ async def test_over_hot_swaps_nothing_decreases_and_each_version_begins_at_nothi
         await in_thread(
             scrape_until, service, lambda found: found.by("version", "diskless_requests_total", model="a") == by_version
         )
-        found = await in_thread(scrape, service)
-        assert found.sum("diskless_http_responses_total", route="predict", status="200") == len(load.answers)
-        counters = {metric.name for metric in TABLE if metric.kind == "counter"}
+        answers = "diskless_http_responses_total", len(load.answers)  # counted when they are on their way
+        found = await in_thread(
+            scrape_until, service, lambda found: found.sum(answers[0], route="predict", status="200") == answers[1]
+        )
+        # What a process has computed that ends meanwhile may be counted twice, or not at all: see `processes.figures`.
+        counters = {metric.name for metric in TABLE if metric.kind == "counter"} - {PROCESS_CPU.name}
         for earlier, later in itertools.pairwise(scrapes):
             for (name, labels), value in earlier.samples.items():
                 if name in counters or name.endswith(("_bucket", "_count")):
@@ -502,8 +518,14 @@ def test_looks_loads_and_what_they_asked_of_the_storage_are_counted(manager, env
         synced = third.sum("diskless_last_sync_timestamp_seconds")
         assert service.client.post("/models/refresh").status_code == 503
         fourth = scrape(service)
-        assert fourth.by("outcome", "diskless_refreshes_total") == {"changed": 1, "unchanged": 2, "failed": 1}
-        assert fourth.sum("diskless_storage_operations_total", storage="r2", outcome="unavailable") == 1
+        looks = fourth.by("outcome", "diskless_refreshes_total")
+        failed = looks.pop("failed")
+        unavailable = fourth.sum("diskless_storage_operations_total", storage="r2", outcome="unavailable")
+        assert looks == {"changed": 1, "unchanged": 2}
+        assert failed >= 1
+        # Where another process looks, it does so again by itself a second later, and so on.
+        assert failed == 1 or count > 1
+        assert failed <= unavailable <= failed + 1
         assert fourth.sum("diskless_last_sync_timestamp_seconds") == synced
         assert fourth.by("status", "diskless_http_responses_total", route="refresh") == {"200": 2, "503": 1}
         assert fourth.sum("diskless_refused_total", code="bucket_unreadable") == 1

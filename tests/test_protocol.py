@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import select
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -55,13 +58,15 @@ class Application:
 
 
 @contextlib.asynccontextmanager
-async def served(app: Application, drain_seconds: float = 30) -> AsyncIterator[tuple[DrainingServer, socket.socket]]:
+async def served(
+    app: Application, host: str = "127.0.0.1", drain_seconds: float = 30
+) -> AsyncIterator[tuple[DrainingServer, socket.socket]]:
     """Serve without signals; `await server.shutdown([sock])` is for the test."""
     config = configuration(app)
     config.load()
     server = DrainingServer(config, Registry(), limits=LIMITS, drain_seconds=drain_seconds)
     server.lifespan = config.lifespan_class(config)
-    with listen("127.0.0.1", 0) as sock:
+    with listen(host, 0) as sock:
         await server.startup([sock])
         async with asyncio.timeout(60):
             yield server, sock
@@ -129,6 +134,31 @@ async def test_whatever_waits_to_be_accepted_is_answered_however_many_that_is():
         await server.shutdown([sock])
 
         assert [answers(all_of(connection))[0][0] for connection in waiting] == ["/early"] * 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part in it is Linux's")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_who_comes_when_nobody_is_accepted_any_more_is_refused_and_not_cut_off(monkeypatch, host):
+    late = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    accept_all = protocol._accept_all
+
+    def accept_and_lose_the_processor(sock: socket.socket, *arguments: Any, **named: Any) -> list[socket.socket]:
+        accepted = accept_all(sock, *arguments, **named)
+        late.connect_ex(sock.getsockname())
+        return accepted
+
+    monkeypatch.setattr(protocol, "_accept_all", accept_and_lose_the_processor)
+    with late:
+        late.setblocking(False)
+        async with served(Application(), host) as (server, sock):
+            with socket.create_connection(sock.getsockname()[:2]) as early:
+                early.sendall(GET % b"early")
+                await server.shutdown([sock])
+                assert answers(all_of(early)) == [("/early", True)]
+        poll = select.poll()
+        poll.register(late, select.POLLOUT)
+        assert poll.poll(60_000)  # it tries again after a second
+        assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
 
 
 @pytest.mark.usefixtures("patient")

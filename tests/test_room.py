@@ -307,6 +307,7 @@ async def test_what_does_not_end_to_compute_is_not_replaced_and_holds_up_nothing
         assert "which does not end what it computes" in outcome.failed["a/2"]
         assert outcome.loaded == ("c/1",)
         assert answer(served) == 1
+        monkeypatch.undo()  # from here on it may take its time
         release.set()
         await asked
         await served.refresher.look_now()

@@ -101,7 +101,7 @@ class Traced:
 @pytest.fixture(scope="module", params=WAYS)
 def traced(folder, request) -> Iterator[Traced]:
     """A service that traces what its callers trace, and nothing else but looks."""
-    more = {"ML_TRACE_SAMPLE": "0", "ML_ACCESS_LOG_SAMPLE": "1", "ML_PREDICT_TIMEOUT_SECONDS": "5"}
+    more = {"ML_TRACE_SAMPLE": "0", "ML_ACCESS_LOG_SAMPLE": "1", "ML_PREDICT_TIMEOUT_SECONDS": "120"}
     with (
         collecting() as collector,
         running(environment(folder, collector, **more), command=WAYS[request.param]) as service,
@@ -204,7 +204,7 @@ def test_what_the_service_failed_to_do_is_an_error_with_its_code(traced):
 
 
 def test_a_phase_whose_end_nobody_waited_for_ends_with_its_request(traced):
-    late = traced.ask(request={"model": "naps", "instances": [[1, 0, 0]]}, **{"x-request-timeout": "0.1"})
+    late = traced.ask(request={"model": "naps", "instances": [[60, 0, 0]]}, **{"x-request-timeout": "0.5"})
     root, phases = traced.trace(late)
 
     assert late.status_code == 504
@@ -230,7 +230,7 @@ def test_other_routes_are_traced_too_but_health_is_not(traced):
 @pytest.mark.parametrize("traced", ["asgi"], indirect=True)
 async def test_a_caller_that_has_gone_leaves_a_span_without_a_status(traced):
     trace_id = secrets.token_hex(16)
-    body = json.dumps({"model": "naps", "instances": [[2, 0, 0]]})
+    body = json.dumps({"model": "naps", "instances": [[60, 0, 0]]})  # longer than all of this takes
     head = f"POST /predict HTTP/1.1\r\nhost: x\r\ntraceparent: 00-{trace_id}-{OWN_ID}-01\r\ncontent-length: {len(body)}\r\n\r\n"
     async with connected("127.0.0.1", traced.service.port) as (_, writer):
         writer.write(f"{head}{body}".encode())
