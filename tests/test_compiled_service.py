@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from app.compiler import planner
 from app.prediction import wire
 from tests import zoo
 from tests.repository import dumped, put
@@ -19,7 +20,10 @@ pytest.importorskip("app.compiled.linear")
 
 HEAVY = {"sklearn", "scikit_learn.libs", "pandas", "pyarrow", "scipy", "scipy.libs", "joblib"}
 # Other tests keep this machine busy.
-PATIENT = "from app import cli, gate; gate.COMPILE_SECONDS = 60; raise SystemExit(cli.main(['serve']))"
+PATIENT = (
+    "from functools import partial; from app import cli, gate; gate.COMPILE_SECONDS = 60;"
+    "gate.costs = partial(gate.costs, seconds=60.0); raise SystemExit(cli.main(['serve']))"
+)
 WITH_TIME = (sys.executable, "-c", PATIENT)
 COMPILED = {"named": "logistic, named", "forest": "forest, float classes", "histogram": "histogram boosting"}
 
@@ -30,7 +34,8 @@ def environment(s3, bucket):
 
 
 @pytest.fixture
-def published(manager):
+def published(manager, monkeypatch):
+    monkeypatch.setattr(planner, "RACE_SECONDS", 60.0)
     for name, kind in COMPILED.items():
         it = zoo.fitted(kind)
         manager.save(name, it.estimator, examples=it.data)
@@ -54,7 +59,7 @@ def answers(service: Service, name: str, data, method: str):
 
 
 def test_compiled_models_are_served_without_a_library_of_scikit_learn_and_answer_as_it_does(published, environment):
-    with running(environment) as service:
+    with running(environment, command=WITH_TIME) as service:
         service.wait_ready()
         for name, kind in COMPILED.items():
             it, row = zoo.fitted(kind), service.model(name)

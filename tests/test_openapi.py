@@ -89,6 +89,9 @@ MODELS = {
     "gaps": "min-max",
 }
 COMPILED = ("linear", "forest", "clusters")
+# Whoever asks for the document does not wait long for an example, and other tests keep this machine busy.
+PATIENT = "from app import cli; from app.api import openapi; openapi.EXAMPLE_SECONDS = 60; raise SystemExit(cli.main(['serve']))"
+WITH_TIME = (sys.executable, "-c", PATIENT)
 LIKE = ["a.b", "a-b", "a_b", "A_b", "a__b", "3d", "churn-v2"]
 
 
@@ -137,7 +140,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def service(folder: Path) -> Iterator[Service]:
-    with running(environment(folder, ML_MAX_ROWS="500")) as service:
+    with running(environment(folder, ML_MAX_ROWS="500"), command=WITH_TIME) as service:
         yield service.wait_ready()
 
 
@@ -262,13 +265,20 @@ def test_every_model_has_the_errors_of_the_general_path(document):
         }
 
 
+def generations(status: dict[str, Any]) -> list[int]:
+    """The generation of each worker that there is."""
+    return [one["generation"] for one in status["workers"]["processes"]]
+
+
 def test_it_is_the_same_bytes_each_time_and_in_every_process(tmp_path):
     publish(tmp_path, "linear", fitted("logistic, named").estimator, fitted("logistic, named").data)
     publish(tmp_path, "texts", fitted("texts").estimator, fitted("texts").data)
-    with running(environment(tmp_path)) as one:
+    with running(environment(tmp_path), command=WITH_TIME) as one:
         whole = {one.wait_ready().client.get("/openapi.json").content for _ in range(2)}
     with running(environment(tmp_path, ML_WORKERS="2")) as several:
         several.wait_ready()
+        # Those that have no model yet answer until the last of them has left.
+        several.wait_for(lambda status: generations(status) == [1, 1], "of the models' generation alone")
         found: dict[int, bytes] = {}
         while len(found) < 2:
             with httpx.Client(base_url=several.url, trust_env=False, timeout=30, headers=AS_ADMIN) as fresh:
