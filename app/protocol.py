@@ -509,8 +509,8 @@ class DrainingServer(uvicorn.Server):
         self.connections.are_ending = True
         async with self._accepting:  # what was being accepted has all come
             # Closing the listeners would reset those that the event loop has not seen yet, and who comes in between.
-            for sock in sockets or ():
-                if self._is_last:
+            if self._is_last:
+                for sock in sockets or ():
                     drop_newcomers(sock)
             waiting = [connection for sock in sockets or () for connection in _accept_all(sock)]
             for server in self.servers:

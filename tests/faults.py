@@ -222,7 +222,8 @@ class FaultyProxy:
     def hangs(self, method: str, target: str, span: str = "") -> bool:
         """Whether the next request like this will not be answered, or not to its end."""
         with self._guard:
-            return next((rule.fault.hangs for rule in self._rules if rule.is_for(method, target, span)), False)
+            rule = self._rule(method, target, span)
+            return rule is not None and rule.fault.hangs
 
     def methods(self) -> list[str]:
         """Return the methods of all requests so far."""
@@ -245,11 +246,15 @@ class FaultyProxy:
 
     def _fault(self, method: str, target: str, span: str) -> Fault:
         with self._guard:
-            for rule in self._rules:
-                if rule.is_for(method, target, span):
-                    rule.times -= 1
-                    return rule.fault
-        return Fault()
+            rule = self._rule(method, target, span)
+            if rule is None:
+                return Fault()
+            rule.times -= 1
+            return rule.fault
+
+    def _rule(self, method: str, target: str, span: str) -> _Rule | None:
+        """The first rule that is for such a request. The guard must be held."""
+        return next((rule for rule in self._rules if rule.is_for(method, target, span)), None)
 
     def _ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
         url = urlsplit(self.target)

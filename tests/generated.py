@@ -9,7 +9,6 @@ def generated(examples: int) -> settings:
     """Return settings for so many examples. A failure is not made smaller: that takes a thousand predictions."""
     return settings(
         max_examples=examples,
-        deadline=None,
         derandomize=True,
         database=None,
         phases=[Phase.generate],

@@ -26,12 +26,16 @@ ROOT = Path(__file__).parent.parent
 ADMIN_KEY = "the-administrator-of-the-tests"
 AS_ADMIN = {"x-api-key": ADMIN_KEY}
 COMMAND = (sys.executable, "-m", "app", "serve")
+
+
+def serving_after(code: str) -> tuple[str, ...]:
+    """Return the command of the service in a process that has run something before."""
+    return sys.executable, "-c", f"{code}; from app.cli import main; raise SystemExit(main(['serve']))"
+
+
 # The same service, but that the ASGI application answers what the protocol would.
-AS_ASGI = (
-    sys.executable,
-    "-c",
-    "import sys; from app import direct; from app.protocol import DrainingProtocol;"
-    "direct.protocol_for = lambda front: DrainingProtocol; from app.cli import main; sys.exit(main(['serve']))",
+AS_ASGI = serving_after(
+    "from app import direct; from app.protocol import DrainingProtocol; direct.protocol_for = lambda front: DrainingProtocol"
 )
 
 

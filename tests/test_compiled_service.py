@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,16 @@ from app.compiler import planner
 from app.prediction import wire
 from tests import zoo
 from tests.repository import dumped, put
-from tests.service import Service, r2_environment, running
+from tests.service import Service, r2_environment, running, serving_after
 
 pytest.importorskip("app.compiled.trees")
 pytest.importorskip("app.compiled.linear")
 
 HEAVY = {"sklearn", "scikit_learn.libs", "pandas", "pyarrow", "scipy", "scipy.libs", "joblib"}
 # Other tests keep this machine busy.
-PATIENT = (
-    "from functools import partial; from app import cli, gate; gate.COMPILE_SECONDS = 60;"
-    "gate.costs = partial(gate.costs, seconds=60.0); raise SystemExit(cli.main(['serve']))"
+WITH_TIME = serving_after(
+    "from functools import partial; from app import gate; gate.COMPILE_SECONDS = 60; gate.costs = partial(gate.costs, seconds=60.0)"
 )
-WITH_TIME = (sys.executable, "-c", PATIENT)
 COMPILED = {"named": "logistic, named", "forest": "forest, float classes", "histogram": "histogram boosting"}
 
 

@@ -465,22 +465,18 @@ async def test_who_fills_the_service_pays_first(small):
             bodies = stack.enter_context(crowd(small, 3, post(b"{", length=100)))
             await serves(small)
             idle_since = time.monotonic()
-            idle = stack.enter_context(crowd(small, 1))
-            told_of: list[tuple[list[bytes | None], list[bytes | None]]] = []
+            stack.enter_context(crowd(small, 1))
+            told_of: list[tuple[bytes | None, list[bytes | None]]] = []
             for number, connection in enumerate(heads):
-                idle += stack.enter_context(crowd(small, 1, LIVE))
-                answers: list[bytes | None] = []
-                while not (answers and answers[-1]):
-                    answers.append(received(connection))
-                    if time.monotonic() - idle_since > 0.9 * GRACE_SECONDS:
-                        break
+                stack.enter_context(crowd(small, 1, LIVE))
+                while not (answer := received(connection)) and time.monotonic() - idle_since <= 0.9 * GRACE_SECONDS:
                     await asyncio.sleep(0.02)
-                told_of.append((answers[-1:], [received(other) for other in [*heads, *bodies][number + 1 :]]))
+                told_of.append((answer, [received(other) for other in [*heads, *bodies][number + 1 :]]))
             still_busy = received(busy) is None
             if time.monotonic() - idle_since <= 0.9 * GRACE_SECONDS:
                 break  # else some had been idle for so long that they went instead
     assert [others for _, others in told_of] == [[None] * 5, [None] * 4, [None] * 3]
-    for (answer,), _ in told_of:
+    for answer, _ in told_of:
         headers = refused(answer, 429, "overloaded")
         assert headers["retry-after"] == "1"
     assert still_busy

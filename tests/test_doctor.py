@@ -370,12 +370,8 @@ def certificate(folder: Path, *names: str, days: int = 1) -> ssl.SSLContext:
     return context
 
 
-def speaking_tls(target: str, context: ssl.SSLContext) -> FaultyProxy:
-    return FaultyProxy(target, tls=context)
-
-
 async def test_a_certificate_of_an_issuer_in_the_bundle_is_good_to_the_end(examine, s3, writer, tmp_path):
-    with speaking_tls(s3.endpoint_url, certificate(tmp_path, "127.0.0.1")) as proxy:
+    with FaultyProxy(s3.endpoint_url, tls=certificate(tmp_path, "127.0.0.1")) as proxy:
         trusted = {"R2_ENDPOINT_URL": proxy.url.replace("http", "https"), "AWS_CA_BUNDLE": str(tmp_path / "issuer.pem")}
         findings = await examine(**writer | trusted)
 
@@ -397,7 +393,7 @@ async def test_a_certificate_of_an_issuer_in_the_bundle_is_good_to_the_end(exami
 async def test_a_certificate_that_is_not_accepted_is_told_apart(
     examine, s3, writer, tmp_path, names, days, bundle, found, remedy
 ):
-    with speaking_tls(s3.endpoint_url, certificate(tmp_path, *names, days=days)) as proxy:
+    with FaultyProxy(s3.endpoint_url, tls=certificate(tmp_path, *names, days=days)) as proxy:
         variables = {"R2_ENDPOINT_URL": proxy.url.replace("http", "https")}
         if bundle != "none":
             variables["AWS_CA_BUNDLE"] = str(tmp_path / bundle)
@@ -553,7 +549,7 @@ def at_r2(s3, bucket, writer, tmp_path):
     """Reach the S3 server as if it were an account's endpoint, of any jurisdiction."""
     hosts = [f"{ACCOUNT}{infix}.r2.cloudflarestorage.com" for infix in ("", ".eu", ".fedramp")]
     with (
-        speaking_tls(s3.endpoint_url, certificate(tmp_path, *hosts)) as proxy,
+        FaultyProxy(s3.endpoint_url, tls=certificate(tmp_path, *hosts)) as proxy,
         socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Tunnel) as tunnel,
     ):
         tunnel.daemon_threads = True

@@ -93,7 +93,7 @@ def test_whatever_a_request_holds_the_decoder_never_takes_more_or_other_rows(nam
     signature, instances = signature_of(name)
     intake = Intake(signature)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         rows = json.loads(json.dumps(data.draw(st.lists(st.sampled_from(instances), min_size=1, max_size=4))))

@@ -468,10 +468,12 @@ async def test_over_hot_swaps_nothing_decreases_and_each_version_begins_at_nothi
         await in_thread(
             scrape_until, service, lambda found: found.by("version", "diskless_requests_total", model="a") == by_version
         )
-        answers = "diskless_http_responses_total", len(load.answers)  # counted when they are on their way
-        found = await in_thread(
-            scrape_until, service, lambda found: found.sum(answers[0], route="predict", status="200") == answers[1]
-        )
+
+        def tells_all(found: Scrape) -> bool:  # an answer is counted when it is on its way
+            told = found.sum("diskless_http_responses_total", route="predict", status="200")
+            return told == len(load.answers)
+
+        found = await in_thread(scrape_until, service, tells_all)
         # What a process has computed that ends meanwhile may be counted twice, or not at all: see `processes.figures`.
         counters = {metric.name for metric in TABLE if metric.kind == "counter"} - {PROCESS_CPU.name}
         for earlier, later in itertools.pairwise(scrapes):

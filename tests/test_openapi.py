@@ -48,7 +48,7 @@ from tests import toys, zoo
 from tests.asgi import application, client, ready
 from tests.generated import generated
 from tests.json_schema import ANYTHING, fitting, spoiled, violations
-from tests.service import AS_ADMIN, Service, running
+from tests.service import AS_ADMIN, Service, running, serving_after
 from tests.trusted import TRUST
 from tests.zoo import BUILDERS, NEEDS_EXAMPLES, fitted
 
@@ -90,8 +90,7 @@ MODELS = {
 }
 COMPILED = ("linear", "forest", "clusters")
 # Whoever asks for the document does not wait long for an example, and other tests keep this machine busy.
-PATIENT = "from app import cli; from app.api import openapi; openapi.EXAMPLE_SECONDS = 60; raise SystemExit(cli.main(['serve']))"
-WITH_TIME = (sys.executable, "-c", PATIENT)
+WITH_TIME = serving_after("from app.api import openapi; openapi.EXAMPLE_SECONDS = 60")
 LIKE = ["a.b", "a-b", "a_b", "A_b", "a__b", "3d", "churn-v2"]
 
 

@@ -94,7 +94,7 @@ async def test_an_idle_runner_computes_at_once_and_what_waits_meanwhile_becomes_
     await runner.retire()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=12), st.integers(1, 10))
 def test_every_caller_gets_the_answers_to_its_own_rows_however_they_are_batched(sizes, max_batch_rows):
     async def run():

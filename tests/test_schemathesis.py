@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
-from threadpoolctl import threadpool_limits
 
 from app.model_storage import ModelStorageManager
 from app.storage.local import LocalStorage
@@ -60,18 +59,17 @@ checks.positive_data_acceptance.expected-statuses = [200, 400, 401, 404, 422]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(one_thread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with models of every layout, some bare, which asks for keys."""
     folder = tmp_path_factory.mktemp("bucket")
     manager = ModelStorageManager(LocalStorage(folder), trust=TRUST)
     points = np.random.default_rng(1).normal(size=(12, 300)).round(3)
-    with threadpool_limits(1):
-        for name, kind in MODELS.items():
-            it = fitted(kind)
-            manager.save(name, it.estimator, examples=it.data, compile=name == "forest")
-        manager.save("wide-and.odd", LinearRegression().fit(points, points[:, 0]), examples=points)
-        manager.save("sum", toys.Sum())
-        manager.save("lengths", toys.Lengths())
+    for name, kind in MODELS.items():
+        it = fitted(kind)
+        manager.save(name, it.estimator, examples=it.data, compile=name == "forest")
+    manager.save("wide-and.odd", LinearRegression().fit(points, points[:, 0]), examples=points)
+    manager.save("sum", toys.Sum())
+    manager.save("lengths", toys.Lengths())
     environment = {"ML_CLOUD_ONLY": "false", "ML_LOCAL_DIR": str(folder), "ML_API_KEYS": "caller:" + "k" * 40}
     with running(environment) as service:
         yield service.wait_ready()

@@ -8,7 +8,6 @@ import io
 import math
 import pickle
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from app import inspection, loaders, publishing
 from app.errors import InvalidInput
@@ -29,6 +27,7 @@ from tests.generated import generated
 from tests.trusted import TRUST
 from tests.zoo import BUILDERS, NEEDS_EXAMPLES, OF_ITEMS, Fitted, fitted
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 REF = ModelRef("zoo", "1")
 KINDS = [
     pytest.param(name, published, id=f"{name}, {'published' if published else 'bare'}")
@@ -36,12 +35,6 @@ KINDS = [
     for published in (False, True)
     if published or name not in NEEDS_EXAMPLES
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with threadpool_limits(1):  # as while serving; more wait for each other on a machine that does other things as well
-        yield
 
 
 @functools.cache

@@ -233,11 +233,8 @@ def test_only_the_first_unknown_column_is_compared_and_with_few_names():
             nonlocal compared
             compared += event == "call" and frame.f_code is difflib.SequenceMatcher.set_seq1.__code__
 
-        sys.setprofile(see)
-        try:
+        with profiled(see):
             found = violations(sign, [{**row, **names}])
-        finally:
-            sys.setprofile(None)
         assert ["did you mean 'measurement_of_the_sensor" in got for *_, got in found] == [
             True,
             *([False] * (len(names) - 1)),
@@ -489,7 +486,7 @@ rows_like = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(rows_like | json_values)
 def test_no_json_raises_anything_but_a_request_error(instances):
     for sign in ALL:

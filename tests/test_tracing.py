@@ -24,7 +24,7 @@ from app.observer import PHASES
 from app.storage.local import LocalStorage
 from tests import toys
 from tests.collector import Collector, Span, collecting
-from tests.service import AS_ASGI, COMMAND, Service, clean_environment, connected, free_port, running
+from tests.service import AS_ASGI, COMMAND, Service, clean_environment, connected, free_port, running, serving_after
 from tests.trusted import TRUST
 
 TWO = (*COMMAND, "--workers", "2")
@@ -34,12 +34,9 @@ SUM = {"model": "sum", "instances": [[1, 2, 3.5]]}
 OWN_ID = "00f067aa0ba902b7"  # the span of the caller that a request belongs to
 MODULES = ("opentelemetry.sdk", "opentelemetry.exporter", "requests")
 # What serves as COMMAND does, and says at its end which of those it has imported.
-TELLING = (
-    sys.executable,
-    "-c",
-    "import atexit, json, sys; from app.cli import main;"
-    f"atexit.register(lambda: print('imported', json.dumps([name for name in {MODULES} if name in sys.modules])));"
-    "sys.exit(main(['serve']))",
+TELLING = serving_after(
+    "import atexit, json, sys;"
+    f"atexit.register(lambda: print('imported', json.dumps([name for name in {MODULES} if name in sys.modules])))"
 )
 WITHOUT_LIBRARY = (
     sys.executable,

@@ -137,7 +137,7 @@ def take(stream, step):
     checked=st.booleans(),
     steps=steps,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_way_of_reading_gives_what_the_object_gives(loop, storage, size, chunk_bytes, in_flight, checked, steps):
     body = BODY[:size]
     info = run(loop, storage.put(f"{KEY}{size}", body))
@@ -198,7 +198,7 @@ def test_a_zip_file_is_read_from_it(opened):
 
 
 @given(at=st.integers(0, 999), start=st.integers(0, 999), in_flight=st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_byte_of_a_damaged_chunk_is_handed_out(loop, storage, at, start, in_flight):
     info = run(loop, storage.put(KEY, BODY))
     reader = ObjectReader(
